@@ -1,8 +1,11 @@
 """Computed captions, alt texts and names for the figures of executed chapters.
 
-MyST-NB takes them from a cell's metadata only, which is written before the numbers are known. Here a code cell gives them
-with its output, ``display(fig, metadata={"mystnb": {"image": {"alt": ...}, "figure": {"caption": ..., "name": ...}}})``, and
-they are carried over to the cell when the page is read; the executed notebook itself stays as it is.
+MyST-NB takes them from a cell's metadata only, which is written before the numbers are known. Here a code
+cell gives them with its output,
+
+    display(fig, metadata={"mystnb": {"image": {"alt": ...}, "figure": {"caption": ..., "name": ...}}})
+
+and they are carried over to the cell when the page is read; the executed notebook itself stays as it is.
 """
 
 import json
@@ -12,6 +15,10 @@ from sphinx.util import logging
 LOGGER = logging.getLogger(__name__)
 KEY = "mystnb"
 SHOWN = ("display_data", "execute_result")
+PROMPTS = {
+    "code_prompt_show": "Show the parameters of this edition",
+    "code_prompt_hide": "Hide the parameters",
+}
 
 
 def promote(cell: dict) -> list[str]:
@@ -33,12 +40,11 @@ def promote(cell: dict) -> list[str]:
 
 
 def fold_injected(cell: dict) -> None:
-    """Fold the cell that parameterised execution adds: it does not inherit the tags of the parameters cell."""
+    """Fold the cell that papermill adds: it does not inherit the tags of the parameters cell."""
     metadata = cell.setdefault("metadata", {})
     if "injected-parameters" in metadata.get("tags", []):
         metadata["tags"] = [*metadata["tags"], "hide-input"]
-        prompts = {"code_prompt_show": "Show the parameters of this edition", "code_prompt_hide": "Hide the parameters"}
-        metadata[KEY] = {**prompts, **metadata.get(KEY, {})}
+        metadata[KEY] = {**PROMPTS, **metadata.get(KEY, {})}
 
 
 def read_notebook(app, docname, source):

@@ -1,7 +1,10 @@
 """The role ``{value}`02-targets:win_rate```: a number in prose that a chapter has computed.
 
-An executed chapter leaves ``_values/CHAPTER.json`` of the form ``{"name": {"value": 0.63, "text": "0.63 [0.60, 0.66]"}}``.
-The role inserts the ``text``. A missing number is a warning, hence an error under ``-W``: no page is built with a gap in it.
+An executed chapter leaves ``_values/CHAPTER.json``, of which the role inserts the ``text``:
+
+    {"name": {"value": 0.63, "text": "0.63 [0.60, 0.66]"}}
+
+A missing number is a warning, hence an error under ``-W``: no page is built with a gap in it.
 """
 
 import json
@@ -13,18 +16,23 @@ from sphinx.util.docutils import SphinxRole
 FOLDER = "_values"
 
 
+class MissingValue(Exception):
+    """A value that no chapter has left; the message says what there is."""
+
+
 def lookup(folder: Path, target: str) -> str:
-    """Return the text of ``chapter:name``; a ``LookupError`` says what is missing and what there is."""
-    chapter, colon, name = (part.strip() for part in target.partition(":"))
-    if not (chapter and colon and name):
-        raise LookupError(f"a value is written as chapter:name, not {target!r}")
+    """Return the text of ``chapter:name`` or raise `MissingValue`."""
+    chapter, _, name = (part.strip() for part in target.partition(":"))
+    if not (chapter and name):
+        raise MissingValue("a value is written as chapter:name")
     path = folder / f"{chapter}.json"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.json"))) or "none"
-        raise LookupError(f"value {target!r}: chapter {chapter!r} has left no values (chapters with values: {there})")
+        there = ", ".join(sorted(file.stem for file in folder.glob("*.json"))) or "none"
+        raise MissingValue(f"{chapter} has left no values (chapters that have: {there})")
     values = json.loads(path.read_text(encoding="utf-8"))
     if name not in values:
-        raise LookupError(f"value {target!r}: no {name!r} in {chapter} (available: {', '.join(sorted(values)) or 'none'})")
+        there = ", ".join(sorted(values)) or "none"
+        raise MissingValue(f"{chapter} has no value {name!r} (available: {there})")
     return str(values[name]["text"])
 
 
@@ -39,9 +47,9 @@ class ValueRole(SphinxRole):
         self.env.note_dependency(str(folder / f"{chapter}.json"))
         try:
             text = lookup(folder, self.text)
-        except (LookupError, TypeError, ValueError) as error:
-            message = f"cannot read value {self.text!r}: {error!r}" if not isinstance(error, LookupError) else str(error.args[0])
-            return [nodes.problematic(self.rawtext, f"[{self.text}?]")], [self.inliner.reporter.warning(message, line=self.lineno)]
+        except MissingValue as missing:
+            warning = self.inliner.reporter.warning(f"value {self.text!r}: {missing}", line=self.lineno)
+            return [nodes.problematic(self.rawtext, f"[{self.text}?]")], [warning]
         return [nodes.inline(self.rawtext, text, classes=["computed-value"])], []
 
 
