@@ -1,0 +1,130 @@
+"""The house is in order: one truth for dependencies, clean notebook sources, contents that exist."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def declared() -> list[str]:
+    """Return the dependencies of pyproject.toml, those for development included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["dependencies"] + project["optional-dependencies"]["dev"]
+
+
+def locked() -> dict[str, list[Requirement]]:
+    """Return the pins of the lock by package; a package may have several, one for each kind of machine."""
+    pins: dict[str, list[Requirement]] = {}
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            requirement = Requirement(line)
+            pins.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return pins
+
+
+def toc_pages(node) -> list[str]:
+    """Return the files that a part of the table of contents names."""
+    if isinstance(node, list):
+        return [page for item in node for page in toc_pages(item)]
+    if not isinstance(node, dict):
+        return []
+    here = [node[key] for key in ("root", "file") if key in node]
+    return here + [page for key in ("parts", "chapters", "sections") for page in toc_pages(node.get(key))]
+
+
+def read_notebook(path: Path) -> dict:
+    """Return a notebook as plain data."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def version_of(pin: Requirement) -> str:
+    """Return the version that a line of the lock pins; anything but one exact version is an error."""
+    (spec,) = pin.specifier
+    assert spec.operator == "==", f"not an exact pin: {pin}"
+    return spec.version
+
+
+def test_every_dependency_is_locked_within_its_range():
+    pins = locked()
+    for text in declared():
+        wanted = Requirement(text)
+        name = canonicalize_name(wanted.name)
+        if name == "torch":
+            continue  # installed before the lock, see the next test
+        assert name in pins, f"{name} is missing from requirements.lock: make lock"
+        for pin in pins[name]:
+            assert wanted.specifier.contains(version_of(pin)), f"{pin} is outside of {wanted}: make lock"
+
+
+def test_torch_is_installed_by_the_makefile_and_is_not_locked():
+    default = re.search(
+        r"^TORCH\s*\?=\s*(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    pin = Requirement(default.group(1))
+    (wanted,) = [Requirement(text) for text in declared() if Requirement(text).name == "torch"]
+    assert pin.name == "torch" and wanted.specifier.contains(version_of(pin))
+    heavy = [name for name in locked() if re.match(r"torch$|triton|nvidia-|cuda-", name)]
+    assert not heavy, "torch and what comes with its build do not belong in the lock"
+
+
+def test_lock_holds_exact_pins_and_no_addresses():
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert "://" not in text and " @ " not in text and "--" not in text
+    assert all(version_of(pin) for pins in locked().values() for pin in pins)
+
+
+def test_environment_yml_equals_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "requires-python"
+    ]
+    assert pip == [*declared(), "-e ."]
+    assert conda == [f"python{python}", "pip"]
+
+
+def test_contents_name_files_that_exist():
+    pages = toc_pages(yaml.safe_load((ROOT / "book/_toc.yml").read_text(encoding="utf-8")))
+    chapters = [page for page in pages if page.startswith("notebooks/")]
+    assert chapters, "the book has no chapters"
+    sources = [f"{page}.ipynb" if page in chapters else f"book/{page}.md" for page in pages]
+    missing = [source for source in sources if not (ROOT / source).is_file()]
+    assert not missing, f"book/_toc.yml names what is not there: {missing}"
+    forgotten = [path.stem for path in NOTEBOOKS if f"notebooks/{path.stem}" not in chapters]
+    assert not forgotten, f"not in book/_toc.yml: {forgotten}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
+def test_notebook_source_is_clean(path):
+    assert path is not None, "there is no notebook in notebooks/"
+    notebook = read_notebook(path)
+    cells = notebook["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not [cell["id"] for cell in code if cell["outputs"]], (
+        "outputs are left: nbstripout --keep-id notebooks/*.ipynb"
+    )
+    assert not [cell["id"] for cell in code if cell["execution_count"] is not None], (
+        "execution counts are left"
+    )
+    ids = [cell.get("id") for cell in cells]
+    assert all(ids) and len(set(ids)) == len(ids), "every cell has an id of its own"
+    assert "papermill" not in notebook["metadata"], "this is an executed copy"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
+def test_notebook_has_one_parameters_cell_with_a_profile(path):
+    assert path is not None, "there is no notebook in notebooks/"
+    tagged = [
+        cell for cell in read_notebook(path)["cells"] if "parameters" in cell["metadata"].get("tags", [])
+    ]
+    assert len(tagged) == 1, "exactly one cell carries the tag `parameters`"
+    assert re.search(r"^profile\b[^=]*=\s*[\"']reader[\"']", "".join(tagged[0]["source"]), re.MULTILINE)
