@@ -1,0 +1,67 @@
+# What depends on what: chapters are executed with papermill, then compiled into the book.
+# `make book` calls this; by hand: snakemake --cores all --config profile=reader
+#
+# A chapter runs again when its source, the library, the profile or the command has changed. Chapters run one after
+# another, since each uses all cores. What `prefdyn execute` writes appears whole or not at all, so an interrupted
+# build needs no repair: call it again and it goes on with the chapter that was cut off.
+from pathlib import Path
+
+import yaml
+
+
+def pages(node):
+    """Yield the files that a part of the table of contents names, in reading order."""
+    if isinstance(node, dict):
+        for key in ("root", "file"):
+            if key in node:
+                yield node[key]
+        for key in ("parts", "chapters", "sections"):
+            yield from pages(node.get(key))
+    elif isinstance(node, list):
+        for item in node:
+            yield from pages(item)
+
+
+PROFILE = config.get("profile", "reader")
+PAGES = list(pages(yaml.safe_load(Path("book/_toc.yml").read_text(encoding="utf-8"))))
+CHAPTERS = [page.removeprefix("notebooks/") for page in PAGES if page.startswith("notebooks/")]
+LIBRARY = sorted(str(path) for path in Path("lib/prefdyn").rglob("*.py"))
+ASSETS = sorted(str(path) for folder in ("_assets", "_ext") for path in Path("book", folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+
+
+localrules: html
+
+
+rule html:
+    input:
+        expand("book/notebooks/{chapter}.ipynb", chapter=CHAPTERS),
+        expand("book/_values/{chapter}.json", chapter=CHAPTERS),
+        [f"book/{page}.md" for page in PAGES if not page.startswith("notebooks/")],
+        "_config.yml",
+        "book/_toc.yml",
+        "book/references.bib",
+        ASSETS,
+    output:
+        touch("_build/html/.complete"),
+    message:
+        "Building the pages"
+    # From scratch each time: an incremental build forgets the warnings of pages that it does not read again.
+    shell:
+        "rm -rf _build/html _build/jupyter_execute && "
+        "jupyter-book build book --config _config.yml --path-output . --all -W -n --keep-going -q"
+
+
+rule chapter:
+    input:
+        "notebooks/{chapter}.ipynb",
+        LIBRARY,
+    output:
+        "book/notebooks/{chapter}.ipynb",
+        "book/_values/{chapter}.json",
+    params:
+        profile=PROFILE,
+    threads: workflow.cores
+    message:
+        "Executing chapter {wildcards.chapter} (profile {params.profile})"
+    shell:
+        "prefdyn execute {wildcards.chapter} -p profile={params.profile}"
