@@ -1,0 +1,158 @@
+"""Gradient alignment: how a descent step on an objective changes the likelihood of the final responses.
+
+    G(L; theta) = E_{D'}[ -grad log pi(y'|x') ] . grad L(D; theta)             (arXiv 2512.00778)
+
+With d = E_{D'}[ grad log pi(y'|x') ] and grad L = - sum_tok w_tok grad log pi(tok), this is
+
+    G = sum_tok w_tok * a_tok,     a_tok = < grad log pi(tok), d >
+
+and one forward-mode pass along d gives a_tok for every token at once. G is linear in w, so every component of
+every objective costs a weighted sum, not a backward pass. A plain SGD step of size lr changes the mean
+negative log-likelihood of D' by about -lr * G.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
+
+from . import controls
+from .data import Batch
+from .objectives import TokenWeights
+from .policy import token_logps
+
+Direction = dict[str, torch.Tensor]  # one tensor a parameter, by its name
+
+
+class _TokenLogps(torch.nn.Module):
+    """`token_logps` as a module, so that `torch.func` can call it with other parameters."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return token_logps(self.model, batch)
+
+
+def gradient(model: PreTrainedModel, parts: Iterable[tuple[Batch, torch.Tensor]]) -> Direction:
+    """sum_tok w_tok * grad log pi(tok), accumulated over parts of (batch, token weights [N, T])."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in named.items()}
+    for batch, w in parts:
+        grads = torch.autograd.grad((w * token_logps(model, batch)).sum(), list(named.values()), allow_unused=True)
+        for name, grad in zip(named, grads, strict=True):
+            if grad is not None:
+                total[name] += grad
+    return total
+
+
+def target_direction(model: PreTrainedModel, targets: Batch, reduction: str = "sum", size: int = 256) -> Direction:
+    """d: the gradient of the mean log-likelihood of the responses D' in `targets`.
+
+    reduction: over the tokens of a response, "sum" (its log-likelihood) or "mean" (per token). The paper's text
+    leaves this open.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r}: must be 'sum' or 'mean'")
+
+    def weighted(part: Batch) -> tuple[Batch, torch.Tensor]:
+        w = part.response.to(model.dtype)
+        if reduction == "mean":
+            w = w / w.sum(-1, keepdim=True)
+        return part, w / len(targets)
+
+    return gradient(model, (weighted(part) for part in targets.chunks(size)))
+
+
+def norm(direction: Direction) -> torch.Tensor:
+    """Euclidean length over all parameters."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in direction.values()]))
+
+
+def inner(a: Direction, b: Direction) -> torch.Tensor:
+    """Inner product over all parameters."""
+    return sum((a[name] * b[name]).sum() for name in a)
+
+
+def _forward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward-mode pass: value and directional derivative together (Baydin et al. 2022 use the same product)."""
+    tangents = {f"model.{name}": t for name, t in direction.items()}
+    params = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    fixed = {name: p for name, p in params.items() if name not in tangents}
+    moving = {name: p for name, p in params.items() if name in tangents}
+    wrapped = _TokenLogps(model)
+
+    def logps(moved: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(wrapped, {**fixed, **moved}, (batch,))
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+        return torch.func.jvp(logps, (moving,), (tangents,))
+
+
+@torch.no_grad()
+def _central(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+    """Central difference of two forward passes at theta +- eps * d; works with any kernel, in float32 or better."""
+    named = {name: p for name, p in model.named_parameters() if name in direction}
+    saved = {name: p.clone() for name, p in named.items()}
+    # the step that balances truncation and rounding, relative to the size of the parameters
+    scale = 3e-4 if model.dtype == torch.float32 else 1e-6
+    eps = (scale * norm(saved) / norm(direction).clamp(min=1e-30)).item()
+    values = []
+    try:
+        for signed in (eps, -eps):
+            for name, p in named.items():
+                p.copy_(saved[name] + signed * direction[name])
+            values.append(token_logps(model, batch))
+    finally:
+        for name, p in named.items():
+            p.copy_(saved[name])
+    return token_logps(model, batch), (values[0] - values[1]) / (2 * eps)
+
+
+def _backward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+    """One backward pass per token: the definition, for tests and tiny examples."""
+    named = {name: p for name, p in model.named_parameters() if name in direction}
+    logps = token_logps(model, batch)
+    scores = torch.zeros_like(logps)
+    for row, col in batch.response.nonzero().tolist():
+        grads = torch.autograd.grad(logps[row, col], list(named.values()), retain_graph=True, allow_unused=True)
+        scores[row, col] = sum(
+            (g * direction[name]).sum() for name, g in zip(named, grads, strict=True) if g is not None
+        )
+    return logps.detach(), scores.detach()
+
+
+METHODS: dict[str, Callable] = {"forward": _forward, "central": _central, "backward": _backward}
+
+
+def token_scores(
+    model: PreTrainedModel, batch: Batch, direction: Direction, method: str = "forward", size: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and alignment scores a_tok = <grad log pi(tok), d> of all response tokens, [N, T] each.
+
+    Args: method, "forward" (one forward-mode pass), "central" (two forward passes) or "backward" (one backward
+    pass per token). size, rows per pass.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
+    missing = set(direction) - {name for name, _ in model.named_parameters()}
+    if missing:
+        raise ValueError(f"direction has no counterpart in the model for {sorted(missing)[:3]}")
+    logps = torch.zeros(batch.ids.shape, dtype=torch.promote_types(model.dtype, torch.float32), device=batch.ids.device)
+    scores = torch.zeros_like(logps)
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        part = batch.rows(rows)
+        value, score = METHODS[method](model, part, direction)
+        # put the trimmed columns back to where they were
+        first = int(batch.attention[rows].any(0).nonzero().min())
+        columns = slice(first, first + value.shape[1])
+        logps[rows, columns], scores[rows, columns] = value, score
+    return logps, scores.masked_fill(~batch.response, 0.0)
+
+
+def by_sequence(weights: TokenWeights, scores: torch.Tensor, control: str) -> torch.Tensor:
+    """Contribution of each row to the component `control` of G, [N]; their sum is the component."""
+    return (controls.apply(control, weights) * scores).sum(-1)

@@ -1,0 +1,122 @@
+"""The measurement: alignment of an objective with the final responses at every checkpoint of a run, as tables."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import alignment, controls, recipes
+from .data import Batch, pad
+from .evaluate import reply
+from .policy import sequence_logps
+
+if TYPE_CHECKING:
+    from .runs import RunStore
+
+
+class TargetSpec(recipes.Spec):
+    """How the final responses D' are drawn: a declared choice, since the paper's text leaves it open."""
+
+    prompts: Literal["held_out", "train"] = "held_out"
+    decoding: Literal["greedy", "sampled"] = "greedy"
+    reduction: Literal["sum", "mean"] = "sum"
+    count: int = 384  # prompts at most
+
+
+class AlignmentRun(recipes.Spec):
+    """G and its components on one probe, at every checkpoint of a training run."""
+
+    kind: Literal["alignment"] = "alignment"
+    run: recipes.SFTRun | recipes.DPORun
+    targets: TargetSpec
+    probe: Literal["train", "check"]
+    size: int  # examples measured at most: pairs for DPO, demonstrations for SFT
+    method: Literal["forward", "central"]
+
+    def parents(self) -> list[recipes.Spec]:
+        return [self.run, *self.run.parents()]
+
+    def _examples(self) -> int:
+        known = recipes.dataset(self.run.data)
+        if self.run.kind == "sft":
+            return min(self.size, len(known.demonstrations if self.probe == "train" else known.check_demonstrations))
+        return min(self.size, len(known.pairs if self.probe == "train" else known.check))
+
+    def work(self) -> float:
+        rows = self.size * (1 if self.run.kind == "sft" else 2)
+        return 2.4 * rows * len(self.run.steps())  # a measured row costs about 2.4 trained ones: G and one gradient
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        """Write alignment.parquet (a row a step and component) and sequences.parquet (a row a step and example).
+
+        Columns of alignment: step, component, g, se, n, cosine (of the full objective), logp_targets.
+        Columns of sequences: step, example, and its contribution to each component; for DPO also omega, margin,
+        and the scores of its chosen and rejected response.
+        """
+        run = store.get(self.run)
+        model, tokenizer = recipes.final_policy(run)
+        targets = self._targets(model, tokenizer)
+        objective = self.run.probe(store, tokenizer, self.probe)
+        index = torch.arange(self._examples(), device=model.device)
+        summaries, sequences = [], []
+        for step in self.run.steps():
+            part_summary, part_sequences = self._at(run, step, objective, index, targets)
+            summaries.append(part_summary)
+            sequences.append(part_sequences)
+            tick(self.work() / len(self.run.steps()))
+        pd.concat(summaries, ignore_index=True).to_parquet(folder / "alignment.parquet")
+        pd.concat(sequences, ignore_index=True).astype({"step": "int32"}).to_parquet(folder / "sequences.parquet")
+
+    def _targets(self, model, tokenizer) -> Batch:
+        """D': what the final policy answers."""
+        spec = self.run.data
+        prompts = recipes.dataset(spec).prompts[self.targets.prompts][: self.targets.count]
+        temperature = 0.0 if self.targets.decoding == "greedy" else 1.0
+        limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
+        asked, answers = reply(model, tokenizer, prompts, temperature=temperature, seed=0, **limits)
+        return pad(asked, answers, tokenizer.pad_token_id).to(model.device)
+
+    def _at(self, run, step: int, objective, index: torch.Tensor, targets: Batch):
+        """Both tables at one checkpoint."""
+        model, _ = recipes.load_checkpoint(run, step)
+        batch = objective.batch(index)
+        direction = alignment.target_direction(model, targets, self.targets.reduction)
+        logps, scores = alignment.token_scores(model, batch, direction, self.method)
+        weights = objective.weights(logps, batch, index)
+        rows = {name: alignment.by_sequence(weights, scores, name) for name in controls.CONTROLS}
+        # an example's rows (the two responses of a pair) are one unit of sampling
+        examples = {name: g.reshape(-1, len(index)).sum(0).double().cpu().numpy() for name, g in rows.items()}
+        parts = ((batch.rows(slice(i, i + 256)), slice(i, i + 256)) for i in range(0, len(batch), 256))
+        ascent = alignment.gradient(model, ((part, _trim(weights.w[at], batch, at)) for part, at in parts))
+        n = len(index)
+        length = alignment.norm(ascent) * alignment.norm(direction)
+        summary = pd.DataFrame(
+            {
+                "step": step,
+                "component": list(examples),
+                "g": [g.sum() for g in examples.values()],
+                "se": [np.sqrt(n * g.var(ddof=1)) for g in examples.values()],
+                "n": n,
+            }
+        )
+        cosine = (alignment.inner(ascent, direction) / length).item() if length > 0 else float("nan")
+        summary["cosine"] = np.where(summary["component"] == "full", cosine, np.nan)
+        summary["logp_targets"] = sequence_logps(model, targets).mean().item()
+        table = {"step": step, "example": np.arange(n, dtype=np.int32)} | {k: g.astype(np.float32) for k, g in examples.items()}
+        if self.run.kind == "dpo":
+            chosen, rejected = scores.sum(-1).chunk(2)
+            table |= {
+                "omega": weights.strength.float().cpu().numpy(),
+                "margin": objective.margin(logps, index).float().cpu().numpy(),
+                "a_chosen": chosen.float().cpu().numpy(),
+                "a_rejected": rejected.float().cpu().numpy(),
+            }
+        return summary, pd.DataFrame(table)
+
+
+def _trim(w: torch.Tensor, batch: Batch, at: slice) -> torch.Tensor:
+    """The columns of token weights that `Batch.rows` keeps for the rows `at`."""
+    used = batch.attention[at].any(0).nonzero()
+    return w[:, int(used.min()) : int(used.max()) + 1]

@@ -1,0 +1,142 @@
+"""Objectives as token weights: grad L = - sum over response tokens of w * grad log pi(token).
+
+Every function here is pure. Rows of tensors are sequences, [N, T]; for DPO the B chosen responses come first,
+then the B rejected ones, so N = 2 B.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .data import Batch, concatenate
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """The weights of an objective and what its reweighting acts on.
+
+    w: float [N, T], zero outside responses. strength: float [U], the factor that the objective gives to each of
+    its units (omega of a pair). unit: int64 [N, T], the unit that a token belongs to, -1 outside responses.
+    """
+
+    w: torch.Tensor
+    strength: torch.Tensor
+    unit: torch.Tensor
+
+    def __post_init__(self):
+        if self.w.shape != self.unit.shape or self.w.ndim != 2 or self.strength.ndim != 1:
+            raise ValueError(
+                f"TokenWeights: w {tuple(self.w.shape)} and unit {tuple(self.unit.shape)} must share one shape [N, T] "
+                f"and strength {tuple(self.strength.shape)} must be [U]"
+            )
+
+
+def sft_weights(response: torch.Tensor) -> TokenWeights:
+    """Weights of maximum likelihood: 1/B on every token of every demonstration.
+
+    Args: response, bool [B, T]. The loss is the mean over demonstrations of their negative log-likelihood.
+    """
+    rows = response.shape[0]
+    unit = torch.arange(rows, device=response.device)[:, None].expand_as(response)
+    return TokenWeights(
+        w=response.to(torch.get_default_dtype()) / rows,
+        strength=torch.ones(rows, device=response.device),
+        unit=unit.masked_fill(~response, -1),
+    )
+
+
+def dpo_margin(
+    chosen: torch.Tensor, rejected: torch.Tensor, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor
+) -> torch.Tensor:
+    """Log-ratio of the chosen minus log-ratio of the rejected response, [B].
+
+    Args: log-probs of whole responses under the policy and under the reference policy, [B] each.
+    See *Direct Preference Optimization*, Rafailov et al. 2023, eq. 7 (there multiplied by beta).
+    """
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
+
+
+def dpo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
+    """-log sigmoid(beta * margin), [B]; log 2 at margin 0. See Rafailov et al. 2023, eq. 7."""
+    return -F.logsigmoid(beta * margin)
+
+
+def dpo_omega(margin: torch.Tensor, beta: float) -> torch.Tensor:
+    """The loss reweighting sigmoid(-beta * margin), [B]: near 1 where the pair is ordered wrongly.
+
+    See Rafailov et al. 2023, the gradient in section 4, and arXiv 2512.00778.
+    """
+    return torch.sigmoid(-beta * margin)
+
+
+def dpo_weights(response: torch.Tensor, omega: torch.Tensor, beta: float) -> TokenWeights:
+    """Weights of the mean DPO loss: +beta*omega/B on chosen tokens, -beta*omega/B on rejected ones.
+
+    Args: response, bool [2B, T], chosen rows first. omega, float [B].
+    Raises ValueError if the number of rows is not twice the number of pairs.
+    """
+    pairs = omega.shape[0]
+    if response.shape[0] != 2 * pairs:
+        raise ValueError(f"dpo_weights: {response.shape[0]} rows for {pairs} pairs; 2 rows a pair are needed")
+    signed = torch.cat([omega, -omega]) * beta / pairs
+    unit = torch.arange(pairs, device=omega.device).repeat(2)[:, None].expand_as(response)
+    return TokenWeights(
+        w=torch.where(response, signed[:, None], torch.zeros_like(signed)[:, None]),
+        strength=omega,
+        unit=unit.masked_fill(~response, -1),
+    )
+
+
+class SFT:
+    """Maximum likelihood on demonstrations. An example is a demonstration."""
+
+    def __init__(self, demonstrations: Batch):
+        self.demonstrations = demonstrations
+        self.size = len(demonstrations)
+
+    def batch(self, index: torch.Tensor) -> Batch:
+        return self.demonstrations.rows(index)
+
+    def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights:
+        return sft_weights(batch.response)
+
+    def metrics(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> dict[str, float]:
+        """loss: negative log-likelihood of a demonstration, nats."""
+        return {"loss": -logps.sum(-1).mean().item()}
+
+
+class DPO:
+    """Direct preference optimisation. An example is a pair; its batch holds chosen rows, then rejected rows."""
+
+    def __init__(self, chosen: Batch, rejected: Batch, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float):
+        sizes = {len(chosen), len(rejected), len(ref_chosen), len(ref_rejected)}
+        if len(sizes) != 1:
+            raise ValueError(f"DPO: chosen, rejected and their reference log-probs differ in number: {sorted(sizes)}")
+        self.rows = concatenate([chosen, rejected])
+        self.reference = (ref_chosen, ref_rejected)
+        self.beta = beta
+        self.size = len(chosen)
+
+    def batch(self, index: torch.Tensor) -> Batch:
+        return self.rows.rows(torch.cat([index, index + self.size]))
+
+    def margin(self, logps: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Margins of the pairs `index` from the policy's token log-probs of their batch, [B]."""
+        chosen, rejected = logps.sum(-1).chunk(2)
+        return dpo_margin(chosen, rejected, self.reference[0][index], self.reference[1][index])
+
+    def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights:
+        return dpo_weights(batch.response, dpo_omega(self.margin(logps, index), self.beta), self.beta)
+
+    def metrics(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> dict[str, float]:
+        """loss: nats. margin: mean, nats. accuracy: share of margins above 0, ties half. logp_*: mean, nats."""
+        margin = self.margin(logps, index)
+        chosen, rejected = logps.sum(-1).chunk(2)
+        return {
+            "loss": dpo_loss(margin, self.beta).mean().item(),
+            "margin": margin.mean().item(),
+            "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item(),
+            "logp_chosen": chosen.mean().item(),
+            "logp_rejected": rejected.mean().item(),
+        }

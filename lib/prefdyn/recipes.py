@@ -1,0 +1,280 @@
+"""What a run is: supervised fine-tuning, its log-probs as a reference, and DPO from it, as specs of the run store."""
+
+import functools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import data, policy, world
+from .evaluate import evaluate, win_rate
+from .objectives import DPO, SFT
+from .train import Objective, Optimisation, checkpoint_steps, fit
+
+if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
+    from .runs import Run, RunStore
+
+PROBES = ("train", "check")
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, strict, nothing extra."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class DataSpec(Spec):
+    """Which data. A file is named by `path` but identified by `content`, the hash of its bytes."""
+
+    path: str | None  # None: the world
+    content: str | None
+    seed: int  # of the world's demonstrations and pairs
+    pairs: int
+    check: int
+    demonstrations: int
+    label_noise: float
+    validation: int
+    held_out: int
+    max_prompt: int  # tokens
+    max_response: int  # tokens
+    vocab_size: int  # of the byte-pair tokenizer trained on a file
+
+
+class PolicySpec(Spec):
+    """Which model: "scratch" with its sizes, or a checkpoint (path or hub name) with the hash of its files."""
+
+    model: str
+    content: str | None
+    layers: int
+    width: int
+    heads: int
+
+
+@functools.lru_cache(maxsize=4)
+def dataset(spec: DataSpec) -> data.Dataset:
+    """The dataset of `spec`; the last few are kept."""
+    if spec.path is None:
+        return data.from_world(
+            seed=spec.seed,
+            pairs=spec.pairs,
+            check=spec.check,
+            demonstrations=spec.demonstrations,
+            label_noise=spec.label_noise,
+            validation=spec.validation,
+            held_out=spec.held_out,
+        )
+    return data.from_file(
+        spec.path, pairs=spec.pairs, check=spec.check, validation=spec.validation, held_out=spec.held_out
+    )
+
+
+def _start(policy_spec: PolicySpec, data_spec: DataSpec, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy before any training here, and its tokenizer."""
+    if policy_spec.model != "scratch":
+        return policy.load(policy_spec.model)
+    if data_spec.path is None:
+        tokenizer = policy.word_tokenizer(world.vocabulary())
+    else:
+        texts = [text for row in dataset(data_spec).pairs for text in (row["prompt"], row["chosen"], row["rejected"])]
+        tokenizer = policy.bpe_tokenizer(texts, data_spec.vocab_size)
+    model = policy.scratch_model(
+        tokenizer,
+        layers=policy_spec.layers,
+        width=policy_spec.width,
+        heads=policy_spec.heads,
+        context=data_spec.max_prompt + data_spec.max_response,
+        seed=seed,
+    )
+    return model, tokenizer
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encode(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: list[dict], field: str) -> data.Batch:
+    """Prompts and one field ("response", "chosen" or "rejected") of `rows` as a Batch on the device."""
+    prompts, responses = [row["prompt"] for row in rows], [row[field] for row in rows]
+    limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
+    return data.encode(tokenizer, prompts, responses, **limits).to(device())
+
+
+def load_checkpoint(run: "Run", step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy of a training run after `step` updates, and its tokenizer."""
+    model, tokenizer = policy.load(str(run.folder / "policy"))
+    model.load_state_dict(load_file(run.folder / f"checkpoint-{step}.safetensors"))
+    return model.to(device()), tokenizer
+
+
+def final_policy(run: "Run") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The trained policy of a training run, and its tokenizer."""
+    model, tokenizer = policy.load(str(run.folder / "policy"))
+    return model.to(device()), tokenizer
+
+
+class _Training(Spec):
+    """What training runs share: the loop over checkpoints, what is evaluated there, and the files."""
+
+    optimisation: Optimisation
+    checkpoints: int
+
+    def steps(self) -> list[int]:
+        """The steps at which the run keeps a checkpoint."""
+        return checkpoint_steps(self.optimisation.steps, self.checkpoints)
+
+    def _train(
+        self,
+        folder: Path,
+        tick,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        check: Objective,
+        spec: DataSpec,
+        reference: PreTrainedModel | None,
+        control: str = "full",
+    ) -> None:
+        """Train, and write checkpoint-STEP.safetensors, steps, checkpoints and replies (parquet), policy/."""
+        on_check = torch.arange(min(check.size, 512), device=model.device)
+
+        def on_checkpoint(step: int) -> None:
+            metrics, replies = evaluate(
+                model,
+                reference,
+                tokenizer,
+                dataset(spec),
+                max_prompt=spec.max_prompt,
+                max_response=spec.max_response,
+                seed=self.optimisation.seed,
+            )
+            batch = check.batch(on_check)
+            with torch.no_grad():
+                logps = torch.cat([policy.token_logps(model, part) for part in _same_width(batch)])
+            checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, on_check).items()}
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"checkpoint-{step}.safetensors")
+            kept = {"metrics": metrics | checked, "replies": replies}
+            (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
+
+        rows_a_step = len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
+        log = fit(
+            model,
+            objective,
+            self.optimisation,
+            control=control,
+            at=self.steps(),
+            on_checkpoint=on_checkpoint,
+            state=folder,
+            tick=lambda: tick(rows_a_step),
+        )
+        pd.DataFrame(log).to_parquet(folder / "steps.parquet")
+        kept = {step: json.loads((folder / f"evaluation-{step}.json").read_text()) for step in self.steps()}
+        replies = [{"step": step, "index": i, **row} for step, k in kept.items() for i, row in enumerate(k["replies"])]
+        table = pd.DataFrame([{"step": step, **k["metrics"]} for step, k in kept.items()])
+        table.to_parquet(folder / "checkpoints.parquet")
+        pd.DataFrame(replies).to_parquet(folder / "replies.parquet")
+        policy.save(model, tokenizer, folder / "policy")
+        for done in [*folder.glob("state*"), *folder.glob("evaluation-*.json")]:
+            done.unlink()
+
+
+def _same_width(batch: data.Batch, size: int = 256) -> list[data.Batch]:
+    """Chunks of rows with all columns kept, so that results can be concatenated."""
+    pieces = range(0, len(batch), size)
+    return [data.Batch(*(getattr(batch, n)[i : i + size] for n in ("ids", "attention", "response"))) for i in pieces]
+
+
+class SFTRun(_Training):
+    """Supervised fine-tuning on demonstrations, from random weights or from a checkpoint."""
+
+    kind: Literal["sft"] = "sft"
+    data: DataSpec
+    policy: PolicySpec
+    seed: int
+
+    def parents(self) -> list[Spec]:
+        return []
+
+    def work(self) -> float:
+        return self.optimisation.steps * self.optimisation.batch_size
+
+    def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> SFT:
+        """The objective on the data it trains on ("train") or on demonstrations like them ("check")."""
+        known = dataset(self.data)
+        rows = known.demonstrations if probe == "train" else known.check_demonstrations
+        return SFT(encode(self.data, tokenizer, rows, "response"))
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        model, tokenizer = _start(self.policy, self.data, self.seed)
+        model.to(device())
+        train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
+        self._train(folder, tick, model, tokenizer, train, check, self.data, None)
+
+
+class ReferenceRun(Spec):
+    """Log-probs of all chosen and rejected responses under an SFT policy, computed once for all that start from it."""
+
+    kind: Literal["reference"] = "reference"
+    sft: SFTRun
+
+    def parents(self) -> list[Spec]:
+        return [self.sft]
+
+    def work(self) -> float:
+        return (self.sft.data.pairs + self.sft.data.check) / 2
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        model, tokenizer = final_policy(store.get(self.sft))
+        known = dataset(self.sft.data)
+        for probe, rows in zip(PROBES, (known.pairs, known.check), strict=True):
+            columns = {
+                side: policy.sequence_logps(model, encode(self.sft.data, tokenizer, rows, side)).cpu().numpy()
+                for side in ("chosen", "rejected")
+            }
+            pd.DataFrame(columns).to_parquet(folder / f"{probe}.parquet")
+        tick(self.work())
+
+
+class DPORun(_Training):
+    """Direct preference optimisation from an SFT policy, under a control."""
+
+    kind: Literal["dpo"] = "dpo"
+    sft: SFTRun
+    beta: float
+    control: str
+
+    @property
+    def data(self) -> DataSpec:
+        return self.sft.data
+
+    def parents(self) -> list[Spec]:
+        return [self.sft, ReferenceRun(sft=self.sft)]
+
+    def work(self) -> float:
+        return 2 * self.optimisation.steps * self.optimisation.batch_size
+
+    def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> DPO:
+        """The objective on the pairs it trains on ("train") or on pairs like them ("check")."""
+        known = dataset(self.data)
+        rows = known.pairs if probe == "train" else known.check
+        reference = store.get(ReferenceRun(sft=self.sft)).frame(probe)
+        ref_chosen, ref_rejected = (torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected"))
+        chosen, rejected = (encode(self.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
+        return DPO(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        start = store.get(self.sft)
+        model, tokenizer = final_policy(start)
+        reference, _ = final_policy(start)
+        train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
+        self._train(folder, tick, model, tokenizer, train, check, self.data, reference, self.control)
+        before = start.frame("replies").query("step == step.max()")["reward"].to_numpy()
+        table, replies = (pd.read_parquet(folder / f"{name}.parquet") for name in ("checkpoints", "replies"))
+        wins = {step: win_rate(rows["reward"], before) for step, rows in replies.groupby("step")}
+        known = dataset(self.data).reward is not None
+        table["win_rate"] = table["step"].map(wins) if known else float("nan")
+        table.to_parquet(folder / "checkpoints.parquet")

@@ -1,0 +1,314 @@
+"""The run store: every result is computed once, kept under a hash of what it depends on, and checked when read.
+
+A run is described by a spec: a frozen pydantic model with a `kind`, `parents()` (specs that it reads), `work()`
+(rough cost, in sequences) and `compute(folder, store, tick)`, which writes files into `folder`. Its key hashes the
+spec, the code that `compute` can reach, and the versions of the packages that shape numbers. A changed config or
+code therefore never finds an old result, and an unchanged one is never computed twice.
+"""
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from filelock import FileLock
+from pydantic import BaseModel
+from tqdm import tqdm
+
+NUMERIC_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+MANIFEST = "manifest.json"
+
+
+def project_root() -> Path:
+    """The folder of the book that holds the current folder, or else the current folder."""
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "lib" / "prefdyn").is_dir()), here)
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+    return tree
+
+
+def _siblings(tree: ast.AST) -> set[str]:
+    """Names of the modules of the same package that a module imports: `from . import a`, `from .b import c`."""
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+    return {n.module for n in nodes if n.module} | {a.name for n in nodes if not n.module for a in n.names}
+
+
+@functools.cache
+def code_fingerprint(module: str) -> str:
+    """Hash of `module` (e.g. "prefdyn.recipes") and all modules of its package that it reaches by imports.
+
+    Comments, layout and docstrings do not count.
+    """
+    package = module.rpartition(".")[0]
+    digest, seen, todo = hashlib.sha256(), set(), [module.rpartition(".")[2]]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        source = Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
+        todo += sorted(_siblings(ast.parse(source)))
+    for name in sorted(seen):
+        source = Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
+        digest.update(f"{name}\n{ast.dump(_without_docstrings(ast.parse(source)))}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape numbers."""
+    return {name: importlib.metadata.version(name) for name in NUMERIC_PACKAGES}
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: a folder whose files are known to be whole."""
+
+    key: str
+    folder: Path
+
+    def frame(self, name: str) -> pd.DataFrame:
+        """A table of the run, e.g. "checkpoints"."""
+        return pd.read_parquet(self.folder / f"{name}.parquet")
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+class RunStore:
+    """Runs in a folder, by default data/runs of the project (or the environment variable PREFDYN_RUNS)."""
+
+    def __init__(self, root: str | Path | None = None, say: Callable[[str], None] | None = None):
+        self.root = Path(root or os.environ.get("PREFDYN_RUNS") or project_root() / "data" / "runs")
+        self.say = say or (lambda text: print(text, file=sys.stderr))
+        self._whole: set[str] = set()
+
+    def key(self, spec: BaseModel) -> str:
+        """Name of the run: its kind and a hash of spec, code and package versions."""
+        identity = {
+            "spec": spec.model_dump(mode="json"),
+            "code": code_fingerprint(type(spec).__module__),
+            "versions": versions(),
+        }
+        return f"{spec.kind}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a run's folder, or None."""
+        try:
+            listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for name, digest in listed.items():
+                if not (folder / name).is_file():
+                    return f"{name} is missing"
+                if file_hash(folder / name) != digest:
+                    return f"{name} has changed since it was written"
+        except (OSError, ValueError, AttributeError) as error:
+            return f"{MANIFEST} cannot be read ({type(error).__name__})"
+        return None
+
+    def find(self, spec: BaseModel) -> Run | None:
+        """The finished run of `spec`, or None. A damaged one is set aside, said aloud, and counts as missing."""
+        key = self.key(spec)
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        if key not in self._whole:
+            problem = self._damage(folder)
+            if problem:
+                aside = self.root / f"{key}.damaged-{time.time_ns()}"
+                folder.rename(aside)
+                self.say(f"run {key} is damaged: {problem}; set aside as {aside.name}, will be computed again")
+                return None
+            self._whole.add(key)
+        return Run(key, folder)
+
+    def get(self, spec: BaseModel, tick: Callable[[float], None] = lambda work: None) -> Run:
+        """The run of `spec`, computed now if it is missing, continued if it was interrupted."""
+        found = self.find(spec)
+        if found:
+            return found
+        for parent in spec.parents():
+            self.get(parent, tick)
+        key = self.key(spec)
+        partial, final = self.root / f"{key}.partial", self.root / key
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f"{key}.lock"):
+            found = self.find(spec)  # another process may have finished it while we waited
+            if found:
+                return found
+            if partial.is_dir():
+                self.say(f"run {key} was interrupted: continuing it")
+            partial.mkdir(exist_ok=True)
+            started = time.perf_counter()
+            spec.compute(partial, self, tick)
+            self._finish(spec, partial, time.perf_counter() - started)
+            partial.rename(final)
+        (self.root / f"{key}.lock").unlink(missing_ok=True)
+        self._whole.add(key)
+        return Run(key, final)
+
+    def _finish(self, spec: BaseModel, folder: Path, seconds: float) -> None:
+        """Write the spec, the provenance and, last, the manifest that makes the run valid."""
+        _write_json(folder / "spec.json", spec.model_dump(mode="json"))
+        _write_json(
+            folder / "provenance.json",
+            {
+                "code": code_fingerprint(type(spec).__module__),
+                "versions": versions() | {"python": platform.python_version()},
+                "hardware": {
+                    "system": platform.system(),
+                    "machine": platform.machine(),
+                    "cores": os.cpu_count(),
+                    "threads": torch.get_num_threads(),
+                    "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                },
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
+            },
+        )
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+        _write_json(folder / MANIFEST, {p.relative_to(folder).as_posix(): file_hash(p) for p in files})
+
+    def ensure(self, specs: Iterable[BaseModel], workers: int | None = None) -> list[Run]:
+        """All runs of `specs`, in order; missing ones (and their parents) are computed side by side.
+
+        workers: processes, by default one a core, or one where there is an accelerator. Progress is shown with the
+        time left on a terminal or where PREFDYN_PROGRESS is set. If one run fails, the others that do not depend on
+        it are finished and kept, then the first error is raised.
+        """
+        specs = list(specs)
+        todo = self._missing(specs)
+        if todo:
+            cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+            count = max(1, min(workers or cores, len(todo)))
+            threads = max(1, cores // count)
+            total = sum(spec.work() for spec in todo.values())
+            hidden = None if not os.environ.get("PREFDYN_PROGRESS") else False
+            layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed} spent, {remaining} left"
+            with tqdm(total=total, desc=f"{len(todo)} runs", disable=hidden, leave=False, bar_format=layout) as bar:
+                self._compute_all(todo, count, threads, bar)
+        return [self.get(spec) for spec in specs]
+
+    def _missing(self, specs: list[BaseModel]) -> dict[str, BaseModel]:
+        todo: dict[str, BaseModel] = {}
+
+        def visit(spec: BaseModel) -> None:
+            if self.key(spec) not in todo and self.find(spec) is None:
+                for parent in spec.parents():
+                    visit(parent)
+                todo[self.key(spec)] = spec
+
+        for spec in specs:
+            visit(spec)
+        return todo
+
+    def _compute_all(self, todo: dict[str, BaseModel], count: int, threads: int, bar: tqdm) -> None:
+        """Compute runs in `count` processes, each as soon as its parents are there."""
+        needs = {key: {self.key(p) for p in spec.parents()} & todo.keys() for key, spec in todo.items()}
+        context = multiprocessing.get_context("spawn")
+        done_work = context.Value("d", 0.0)
+        waiting, running, done, errors = dict(todo), {}, set(), []
+        with ProcessPoolExecutor(count, context, _start_worker, (threads, done_work, str(self.root))) as pool:
+            while running or any(needs[key] <= done for key in waiting):
+                for key in [k for k in waiting if needs[k] <= done]:
+                    running[pool.submit(_work, waiting.pop(key))] = key
+                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    key = running.pop(future)
+                    if future.exception():
+                        errors.append((key, future.exception()))
+                    else:
+                        done.add(key)
+                        for line in future.result():
+                            self.say(line)
+                bar.n = min(done_work.value, bar.total)
+                bar.refresh()
+        if errors:
+            key, error = errors[0]
+            error.add_note(f"in run {key}; {len(done)} other runs were finished and kept, {len(waiting)} not started")
+            raise error
+
+    def list(self) -> list[dict]:
+        """One dict for each finished run: key, kind, seconds, finished, megabytes; the oldest first."""
+        rows = []
+        for folder in sorted(self.root.glob("*-*")):
+            if not (folder / MANIFEST).is_file() or "." in folder.name:
+                continue
+            provenance = Run(folder.name, folder).json("provenance")
+            size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+            rows.append(
+                {
+                    "key": folder.name,
+                    "kind": folder.name.rpartition("-")[0],
+                    "seconds": provenance["seconds"],
+                    "finished": provenance["finished"],
+                    "megabytes": round(size / 1e6, 2),
+                }
+            )
+        return sorted(rows, key=lambda row: row["finished"])
+
+    def named(self, key: str) -> Run:
+        """The run with this key, or a unique beginning of it. Raises KeyError with what there is."""
+        keys = [row["key"] for row in self.list()]
+        matches = [k for k in keys if k.startswith(key)]
+        if len(matches) != 1:
+            what = f"{len(matches)} runs begin like that" if matches else f"no such run among {len(keys)}"
+            raise KeyError(f"{key!r}: {what}")
+        return Run(matches[0], self.root / matches[0])
+
+    def remove(self, key: str) -> None:
+        """Delete one finished run. Raises KeyError as `named`."""
+        run = self.named(key)
+        shutil.rmtree(run.folder)
+        self._whole.discard(run.key)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(threads: int, done_work, root: str) -> None:
+    torch.set_num_threads(threads)
+    _worker.update(done_work=done_work, root=root)
+
+
+def _work(spec: BaseModel) -> list[str]:
+    """Compute one run in a worker process; returns what it had to say."""
+    said: list[str] = []
+
+    def tick(work: float) -> None:
+        with _worker["done_work"].get_lock():
+            _worker["done_work"].value += work
+
+    RunStore(_worker["root"], said.append).get(spec, tick)
+    return said

@@ -1,0 +1,178 @@
+"""One trainer for every objective: it steps on -(w.detach() * logp).sum(), whose gradient is the objective's."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from . import controls
+from .data import Batch
+from .objectives import TokenWeights
+from .policy import token_logps
+
+
+class Objective(Protocol):
+    """What the trainer and the measurement need to know of an objective; see `objectives`."""
+
+    size: int
+
+    def batch(self, index: torch.Tensor) -> Batch: ...
+    def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights: ...
+    def metrics(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How to step. warmup is a fraction of all steps; clip is the largest gradient norm (0: no clipping)."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    optimizer: str = "adamw"  # or "sgd"
+    warmup: float = 0.05
+    schedule: str = "linear"  # to 0 at the last step, or "constant"
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 0
+
+
+def learning_rate(config: Optimisation, step: int) -> float:
+    """The learning rate of the update that follows `step` updates: linear warm-up, then linear decay or constant."""
+    warm = round(config.warmup * config.steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * (config.steps - step) / max(1, config.steps - warm)
+
+
+def make_optimizer(model: PreTrainedModel, config: Optimisation) -> torch.optim.Optimizer:
+    """AdamW or plain SGD over all parameters. Raises ValueError for another name."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    raise ValueError(f"optimizer={config.optimizer!r}: must be 'adamw' or 'sgd'")
+
+
+def example_order(size: int, step: int, config: Optimisation) -> torch.Tensor:
+    """The examples of update number `step`: passes over all data, each in a new order that depends only on the seed.
+
+    Because it is a function of the step, an interrupted run continues with the same batches.
+    """
+    start, stop = step * config.batch_size, (step + 1) * config.batch_size
+    orders = [
+        torch.randperm(size, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        for epoch in range(start // size, (stop - 1) // size + 1)
+    ]
+    offset = start - start // size * size
+    return torch.cat(orders)[offset : offset + config.batch_size]
+
+
+def checkpoint_steps(steps: int, count: int) -> list[int]:
+    """At most `count` steps from 0 to `steps`, both included, closer together early on."""
+    if count < 2:
+        raise ValueError(f"checkpoints={count}: at least 2 are needed, the first and the last step")
+    return sorted({round(steps * (i / (count - 1)) ** 1.5) for i in range(count)})
+
+
+def update(
+    model: PreTrainedModel,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    index: torch.Tensor,
+    control: str = "full",
+    clip: float = 1.0,
+) -> dict[str, float]:
+    """One optimiser step on the examples `index`; returns the objective's metrics before it and the gradient norm."""
+    batch = objective.batch(index)
+    logps = token_logps(model, batch)
+    fixed = logps.detach()
+    w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
+    optimizer.zero_grad(set_to_none=True)
+    (-(w * logps).sum()).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
+    if not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient is not finite (norm {norm.item()}); a smaller learning rate may help, now {optimizer.param_groups[0]['lr']:g}"
+        )
+    optimizer.step()
+    return objective.metrics(fixed, batch, index) | {"gradient_norm": norm.item()}
+
+
+def _save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, log: list[dict]):
+    """Write everything that continuing needs; the JSON file, written last and in one move, makes it valid."""
+    tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{k}": v for k, v in state.items()}
+    weights = f"state-{step}.safetensors"
+    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / weights)
+    new = folder / "state.json.new"
+    new.write_text(json.dumps({"step": step, "weights": weights, "log": log}))
+    os.replace(new, folder / "state.json")
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != weights:
+            old.unlink()
+
+
+def _load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+    if not (folder / "state.json").exists():
+        return 0, []
+    state = json.loads((folder / "state.json").read_text())
+    tensors = load_file(folder / state["weights"], device=str(model.device))
+    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
+    full = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, number, name = key.split("/")
+            full["state"].setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict(full)
+    return state["step"], state["log"]
+
+
+def fit(
+    model: PreTrainedModel,
+    objective: Objective,
+    config: Optimisation,
+    *,
+    control: str = "full",
+    at: list[int],
+    on_checkpoint: Callable[[int], None],
+    state: Path | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """Train `model` in place; returns one dict of metrics per step.
+
+    Args:
+      at: steps (numbers of updates done) at which `on_checkpoint(step)` is called; 0 is before the first update.
+      state: a folder; if given, training continues from what an interrupted call left there, as if it had never
+        stopped, and leaves its own state there at each checkpoint.
+      tick: called once a step, for a progress bar.
+    Raises ValueError if the batch is larger than the data, FloatingPointError if the gradient is not finite.
+    """
+    if config.batch_size > objective.size:
+        raise ValueError(f"batch_size={config.batch_size}: more than the {objective.size} examples there are")
+    optimizer = make_optimizer(model, config)
+    start, log = _load_state(state, model, optimizer) if state else (0, [])
+    for _ in range(start):
+        tick()
+    for step in range(start, config.steps + 1):
+        if step in at and (step > start or step == 0):
+            on_checkpoint(step)
+            if state:
+                _save_state(state, model, optimizer, step, log)
+        if step == config.steps:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        index = example_order(objective.size, step, config).to(model.device)
+        metrics = update(model, objective, optimizer, index, control, config.clip)
+        log.append({"step": step, **metrics, "lr": optimizer.param_groups[0]["lr"]})
+        tick()
+    return log
