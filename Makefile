@@ -47,11 +47,11 @@ book: $(VENV)/.installed
 	@python -c 'from pathlib import Path; page = Path("_build/html/index.html"); print(f"The book: {page}  ({page.resolve().as_uri()})")'
 
 test: $(VENV)/.installed
-	@python -m pytest
+	@python -m pytest -rs
 
 lint: $(VENV)/.installed
 	ruff check .
-	ruff format --check lib tests book/_ext .ci
+	ruff format --check .
 	@shopt -s nullglob; files=(notebooks/*.ipynb); \
 	  if (( $${#files[@]} )); then nbstripout --keep-id --verify "$${files[@]}"; fi
 
