@@ -16,18 +16,21 @@ CONTROLS = {
     "middle": "only the third of units with middling strength",
     "bottom": "only the third of units with the smallest strength",
 }
+ROUNDING = 1e-5  # relative differences up to here are float32 noise of a sum over a response
 THIRDS = ("bottom", "middle", "top")  # in the order of their group numbers
 
 
 def thirds(strength: torch.Tensor) -> torch.Tensor:
     """The group of each unit by its strength: 0 bottom, 1 middle, 2 top; int64 [U].
 
-    Sizes are equal, or differ by one. Where all strengths are equal (as omega is at the first step) there are no
-    groups, and -1 is returned for all rather than an order of ties.
+    Sizes are equal, or differ by one. Where all strengths are equal but for rounding (as omega is at the first step)
+    there are no groups, and -1 is returned for all rather than an order of ties.
     """
     if strength.ndim != 1 or strength.numel() == 0:
-        raise ValueError(f"thirds: strength must be [U] with at least one unit, given {tuple(strength.shape)}")
-    if bool((strength == strength[0]).all()):
+        raise ValueError(
+            f"thirds: strength must be [U] with at least one unit, given {tuple(strength.shape)}"
+        )
+    if bool(strength.max() - strength.min() <= ROUNDING * strength.abs().max()):
         return torch.full_like(strength, -1, dtype=torch.int64)
     units = strength.numel()
     group = torch.empty(units, dtype=torch.int64, device=strength.device)

@@ -39,7 +39,14 @@ class Dataset:
 
 
 def from_world(
-    *, seed: int, pairs: int, check: int, demonstrations: int, label_noise: float, validation: int, held_out: int
+    *,
+    seed: int,
+    pairs: int,
+    check: int,
+    demonstrations: int,
+    label_noise: float,
+    validation: int,
+    held_out: int,
 ) -> Dataset:
     """The controlled world as a Dataset.
 
@@ -54,7 +61,9 @@ def from_world(
     drawn = world.pairs(train, 2 * check + 100, label_noise, seed, part="check")
     fresh = [row for row in drawn if (row["prompt"], *sorted((row["chosen"], row["rejected"]))) not in seen]
     if len(fresh) < check:
-        raise DataError(f"check={check}: the world yields only {len(fresh)} pairs that are not among pairs={pairs}")
+        raise DataError(
+            f"check={check}: the world yields only {len(fresh)} pairs that are not among pairs={pairs}"
+        )
     return Dataset(
         pairs=train_pairs,
         check=fresh[:check],
@@ -130,7 +139,9 @@ def read_pairs(path: str | Path) -> tuple[list[dict], list[str]]:
     except (OSError, EOFError) as error:
         problems.append(f"after line {len(pairs) + len(problems)}: {error}")
     if not pairs:
-        raise DataError(f"dataset={str(path)!r}: no usable pair; " + "; ".join(problems[:3] or ["the file is empty"]))
+        raise DataError(
+            f"dataset={str(path)!r}: no usable pair; " + "; ".join(problems[:3] or ["the file is empty"])
+        )
     return pairs, problems
 
 
@@ -141,7 +152,9 @@ def from_file(path: str | Path, *, pairs: int, check: int, validation: int, held
     `check` are upper bounds, `validation` and `held_out` numbers of prompts. Raises DataError.
     """
     rows, problems = read_pairs(path)
-    order = sorted({row["prompt"] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    order = sorted(
+        {row["prompt"] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest()
+    )
     if validation + held_out + 2 > len(order):
         raise DataError(
             f"validation={validation}, held_out={held_out}: the file has {len(order)} different prompts, "
@@ -196,8 +209,13 @@ class Batch:
         return Batch(self.ids[index][:, keep], self.attention[index][:, keep], self.response[index][:, keep])
 
     def chunks(self, size: int) -> list["Batch"]:
-        """The rows in order, in trimmed chunks of at most `size`."""
+        """The rows in order, in chunks of at most `size`, each without the columns that it does not use."""
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def slices(self, size: int) -> list["Batch"]:
+        """The rows in order, in chunks of at most `size` with all columns kept, so that results can be concatenated."""
+        parts = (getattr(self, field.name).split(size) for field in fields(self))
+        return [Batch(*part) for part in zip(*parts, strict=True)]
 
     def to(self, device) -> "Batch":
         return Batch(self.ids.to(device), self.attention.to(device), self.response.to(device))
@@ -233,7 +251,9 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, max_response
     return ids[:max_response]
 
 
-def pad(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, side: str = "right") -> Batch:
+def pad(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, side: str = "right"
+) -> Batch:
     """Stack prompts and responses (token ids) into a Batch, padded on one side.
 
     Raises ValueError if the numbers differ, a sequence is empty or `side` is neither "right" nor "left".
@@ -241,7 +261,9 @@ def pad(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: in
     if side not in ("right", "left"):
         raise ValueError(f"side={side!r}: must be 'right' or 'left'")
     if len(prompts) != len(responses) or not prompts:
-        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed")
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed"
+        )
     if not all(prompts) or not all(responses):
         raise ValueError("an empty prompt or response: each needs at least one token")
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))

@@ -41,12 +41,16 @@ class AlignmentRun(recipes.Spec):
     def _examples(self) -> int:
         known = recipes.dataset(self.run.data)
         if self.run.kind == "sft":
-            return min(self.size, len(known.demonstrations if self.probe == "train" else known.check_demonstrations))
+            return min(
+                self.size, len(known.demonstrations if self.probe == "train" else known.check_demonstrations)
+            )
         return min(self.size, len(known.pairs if self.probe == "train" else known.check))
 
     def work(self) -> float:
         rows = self.size * (1 if self.run.kind == "sft" else 2)
-        return 2.4 * rows * len(self.run.steps())  # a measured row costs about 2.4 trained ones: G and one gradient
+        return (
+            2.4 * rows * len(self.run.steps())
+        )  # a measured row costs about 2.4 trained ones: G and one gradient
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write alignment.parquet (a row a step and component) and sequences.parquet (a row a step and example).
@@ -67,7 +71,9 @@ class AlignmentRun(recipes.Spec):
             sequences.append(part_sequences)
             tick(self.work() / len(self.run.steps()))
         pd.concat(summaries, ignore_index=True).to_parquet(folder / "alignment.parquet")
-        pd.concat(sequences, ignore_index=True).astype({"step": "int32"}).to_parquet(folder / "sequences.parquet")
+        pd.concat(sequences, ignore_index=True).astype({"step": "int32"}).to_parquet(
+            folder / "sequences.parquet"
+        )
 
     def _targets(self, model, tokenizer) -> Batch:
         """D': what the final policy answers."""
@@ -88,8 +94,7 @@ class AlignmentRun(recipes.Spec):
         rows = {name: alignment.by_sequence(weights, scores, name) for name in controls.CONTROLS}
         # an example's rows (the two responses of a pair) are one unit of sampling
         examples = {name: g.reshape(-1, len(index)).sum(0).double().cpu().numpy() for name, g in rows.items()}
-        parts = ((batch.rows(slice(i, i + 256)), slice(i, i + 256)) for i in range(0, len(batch), 256))
-        ascent = alignment.gradient(model, ((part, _trim(weights.w[at], batch, at)) for part, at in parts))
+        ascent = alignment.gradient(model, zip(batch.slices(256), weights.w.split(256), strict=True))
         n = len(index)
         length = alignment.norm(ascent) * alignment.norm(direction)
         summary = pd.DataFrame(
@@ -104,7 +109,9 @@ class AlignmentRun(recipes.Spec):
         cosine = (alignment.inner(ascent, direction) / length).item() if length > 0 else float("nan")
         summary["cosine"] = np.where(summary["component"] == "full", cosine, np.nan)
         summary["logp_targets"] = sequence_logps(model, targets).mean().item()
-        table = {"step": step, "example": np.arange(n, dtype=np.int32)} | {k: g.astype(np.float32) for k, g in examples.items()}
+        table = {"step": step, "example": np.arange(n, dtype=np.int32)} | {
+            k: g.astype(np.float32) for k, g in examples.items()
+        }
         if self.run.kind == "dpo":
             chosen, rejected = scores.sum(-1).chunk(2)
             table |= {
@@ -114,9 +121,3 @@ class AlignmentRun(recipes.Spec):
                 "a_rejected": rejected.float().cpu().numpy(),
             }
         return summary, pd.DataFrame(table)
-
-
-def _trim(w: torch.Tensor, batch: Batch, at: slice) -> torch.Tensor:
-    """The columns of token weights that `Batch.rows` keeps for the rows `at`."""
-    used = batch.attention[at].any(0).nonzero()
-    return w[:, int(used.min()) : int(used.max()) + 1]

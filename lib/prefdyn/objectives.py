@@ -109,10 +109,19 @@ class SFT:
 class DPO:
     """Direct preference optimisation. An example is a pair; its batch holds chosen rows, then rejected rows."""
 
-    def __init__(self, chosen: Batch, rejected: Batch, ref_chosen: torch.Tensor, ref_rejected: torch.Tensor, beta: float):
+    def __init__(
+        self,
+        chosen: Batch,
+        rejected: Batch,
+        ref_chosen: torch.Tensor,
+        ref_rejected: torch.Tensor,
+        beta: float,
+    ):
         sizes = {len(chosen), len(rejected), len(ref_chosen), len(ref_rejected)}
         if len(sizes) != 1:
-            raise ValueError(f"DPO: chosen, rejected and their reference log-probs differ in number: {sorted(sizes)}")
+            raise ValueError(
+                f"DPO: chosen, rejected and their reference log-probs differ in number: {sorted(sizes)}"
+            )
         self.rows = concatenate([chosen, rejected])
         self.reference = (ref_chosen, ref_rejected)
         self.beta = beta

@@ -28,7 +28,10 @@ CHAT_TEMPLATE = (
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **SPECIAL, additional_special_tokens=[REPLY], clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        **SPECIAL,
+        additional_special_tokens=[REPLY],
+        clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped

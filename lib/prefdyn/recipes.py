@@ -73,14 +73,20 @@ def dataset(spec: DataSpec) -> data.Dataset:
     )
 
 
-def _start(policy_spec: PolicySpec, data_spec: DataSpec, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _start(
+    policy_spec: PolicySpec, data_spec: DataSpec, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy before any training here, and its tokenizer."""
     if policy_spec.model != "scratch":
         return policy.load(policy_spec.model)
     if data_spec.path is None:
         tokenizer = policy.word_tokenizer(world.vocabulary())
     else:
-        texts = [text for row in dataset(data_spec).pairs for text in (row["prompt"], row["chosen"], row["rejected"])]
+        texts = [
+            text
+            for row in dataset(data_spec).pairs
+            for text in (row["prompt"], row["chosen"], row["rejected"])
+        ]
         tokenizer = policy.bpe_tokenizer(texts, data_spec.vocab_size)
     model = policy.scratch_model(
         tokenizer,
@@ -154,13 +160,18 @@ class _Training(Spec):
             )
             batch = check.batch(on_check)
             with torch.no_grad():
-                logps = torch.cat([policy.token_logps(model, part) for part in _same_width(batch)])
+                logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
             checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, on_check).items()}
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"checkpoint-{step}.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in model.state_dict().items()},
+                folder / f"checkpoint-{step}.safetensors",
+            )
             kept = {"metrics": metrics | checked, "replies": replies}
             (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
 
-        rows_a_step = len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
+        rows_a_step = (
+            len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
+        )
         log = fit(
             model,
             objective,
@@ -173,19 +184,17 @@ class _Training(Spec):
         )
         pd.DataFrame(log).to_parquet(folder / "steps.parquet")
         kept = {step: json.loads((folder / f"evaluation-{step}.json").read_text()) for step in self.steps()}
-        replies = [{"step": step, "index": i, **row} for step, k in kept.items() for i, row in enumerate(k["replies"])]
+        replies = [
+            {"step": step, "index": i, **row}
+            for step, k in kept.items()
+            for i, row in enumerate(k["replies"])
+        ]
         table = pd.DataFrame([{"step": step, **k["metrics"]} for step, k in kept.items()])
         table.to_parquet(folder / "checkpoints.parquet")
         pd.DataFrame(replies).to_parquet(folder / "replies.parquet")
         policy.save(model, tokenizer, folder / "policy")
         for done in [*folder.glob("state*"), *folder.glob("evaluation-*.json")]:
             done.unlink()
-
-
-def _same_width(batch: data.Batch, size: int = 256) -> list[data.Batch]:
-    """Chunks of rows with all columns kept, so that results can be concatenated."""
-    pieces = range(0, len(batch), size)
-    return [data.Batch(*(getattr(batch, n)[i : i + size] for n in ("ids", "attention", "response"))) for i in pieces]
 
 
 class SFTRun(_Training):
@@ -262,7 +271,9 @@ class DPORun(_Training):
         known = dataset(self.data)
         rows = known.pairs if probe == "train" else known.check
         reference = store.get(ReferenceRun(sft=self.sft)).frame(probe)
-        ref_chosen, ref_rejected = (torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected"))
+        ref_chosen, ref_rejected = (
+            torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected")
+        )
         chosen, rejected = (encode(self.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
         return DPO(chosen, rejected, ref_chosen, ref_rejected, self.beta)
 

@@ -39,6 +39,7 @@ class Optimisation:
     schedule: str = "linear"  # to 0 at the last step, or "constant"
     clip: float = 1.0
     weight_decay: float = 0.0
+    micro_batch: int = 0  # rows (sequences) in memory at once; 0: all
     seed: int = 0
 
 
@@ -89,24 +90,39 @@ def update(
     index: torch.Tensor,
     control: str = "full",
     clip: float = 1.0,
+    micro_batch: int = 0,
 ) -> dict[str, float]:
-    """One optimiser step on the examples `index`; returns the objective's metrics before it and the gradient norm."""
+    """One optimiser step on the examples `index`; returns the objective's metrics before it and the gradient norm.
+
+    With more rows than `micro_batch`, a first pass without gradients gives the weights of the whole batch, and the
+    gradient is accumulated over parts in a second one: the same step, with less memory.
+    """
     batch = objective.batch(index)
-    logps = token_logps(model, batch)
-    fixed = logps.detach()
-    w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
     optimizer.zero_grad(set_to_none=True)
-    (-(w * logps).sum()).backward()
+    if 0 < micro_batch < len(batch):
+        with torch.no_grad():
+            fixed = torch.cat([token_logps(model, part) for part in batch.slices(micro_batch)])
+        w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
+        for part, part_w in zip(batch.slices(micro_batch), w.split(micro_batch), strict=True):
+            (-(part_w * token_logps(model, part)).sum()).backward()
+    else:
+        logps = token_logps(model, batch)
+        fixed = logps.detach()
+        w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
+        (-(w * logps).sum()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
     if not torch.isfinite(norm):
         raise FloatingPointError(
-            f"the gradient is not finite (norm {norm.item()}); a smaller learning rate may help, now {optimizer.param_groups[0]['lr']:g}"
+            f"the gradient is not finite (norm {norm.item()}); a smaller learning rate may help, "
+            f"now {optimizer.param_groups[0]['lr']:g}"
         )
     optimizer.step()
     return objective.metrics(fixed, batch, index) | {"gradient_norm": norm.item()}
 
 
-def _save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, log: list[dict]):
+def _save_state(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, log: list[dict]
+):
     """Write everything that continuing needs; the JSON file, written last and in one move, makes it valid."""
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -121,7 +137,9 @@ def _save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
             old.unlink()
 
 
-def _load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+def _load_state(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[dict]]:
     if not (folder / "state.json").exists():
         return 0, []
     state = json.loads((folder / "state.json").read_text())
@@ -172,7 +190,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         index = example_order(objective.size, step, config).to(model.device)
-        metrics = update(model, objective, optimizer, index, control, config.clip)
+        metrics = update(model, objective, optimizer, index, control, config.clip, config.micro_batch)
         log.append({"step": step, **metrics, "lr": optimizer.param_groups[0]["lr"]})
         tick()
     return log

@@ -75,7 +75,9 @@ _VALUES = {
 }
 _CLAUSES = {topic: re.compile(rf"{verb} (\w+)$") for topic, (verb, _) in TOPICS.items()}
 _CLAUSE = "|".join(rf"{verb} (?:{'|'.join(_VALUES[topic])})" for topic, (verb, _) in TOPICS.items())
-_OPENING = re.compile(rf"(?:{'|'.join(_GREETING)}) (?:{'|'.join(NAMES)}) , the (?:{'|'.join(ANIMALS)}) (?:{_CLAUSE})")
+_OPENING = re.compile(
+    rf"(?:{'|'.join(_GREETING)}) (?:{'|'.join(NAMES)}) , the (?:{'|'.join(ANIMALS)}) (?:{_CLAUSE})"
+)
 _FOLLOWING = re.compile(rf"it (?:{_CLAUSE})")
 _CLOSING = re.compile("|".join(_SIGN_OFF))
 
@@ -196,7 +198,10 @@ def axes(prompt: Prompt, reply: str) -> dict[str, float]:
     sentences = [s.strip() for s in " ".join(words).split(".")]
     sentences = [s for s in sentences if s]
     claims = [
-        (topic, found.group(1)) for s in sentences for topic, rx in _CLAUSES.items() if (found := rx.search(s))
+        (topic, found.group(1))
+        for s in sentences
+        for topic, rx in _CLAUSES.items()
+        if (found := rx.search(s))
     ]
     asked = [v == true_value(prompt.animal, t) for t, v in claims if t == prompt.topic]
     others = [v == true_value(prompt.animal, t) for t, v in claims if t != prompt.topic]
@@ -205,7 +210,10 @@ def axes(prompt: Prompt, reply: str) -> dict[str, float]:
         named = {w for w in words if w in among}
         return 0.0 if not named else 1.0 if named == {right} else -1.0
 
-    opening, closing = _GREETING.get(words[0]) if words else None, _SIGN_OFF.get(sentences[-1]) if sentences else None
+    opening, closing = (
+        _GREETING.get(words[0]) if words else None,
+        _SIGN_OFF.get(sentences[-1]) if sentences else None,
+    )
     right_form = [
         bool((_OPENING if i == 0 else _CLOSING if i == len(sentences) - 1 else _FOLLOWING).fullmatch(s))
         for i, s in enumerate(sentences)
@@ -287,7 +295,9 @@ def pairs(prompts: list[Prompt], n: int, label_noise: float, seed: int, part: st
         prefers_first = rng.random() < 1 / (1 + math.exp(reward_second - reward_first))
         flipped = rng.random() < label_noise
         better = (first, reward_first), (second, reward_second)
-        (chosen, reward_chosen), (rejected, reward_rejected) = better if prefers_first != flipped else better[::-1]
+        (chosen, reward_chosen), (rejected, reward_rejected) = (
+            better if prefers_first != flipped else better[::-1]
+        )
         rows.append(
             {
                 "prompt": prompt.text,

@@ -1,0 +1,185 @@
+"""The command line `prefdyn`: list chapters, execute one with parameters, look after the run store."""
+
+import ast
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import nbformat
+import papermill
+import typer
+
+from . import page, params
+from .runs import RunStore, project_root
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs."
+)
+runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
+app.add_typer(runs_app, name="runs")
+
+
+class CommandError(Exception):
+    """Something the user can mend; the message says what."""
+
+
+def chapter_path(chapter: str) -> Path:
+    """The source of a chapter: by name ("02-targets"), by number ("02") or by path. Raises CommandError."""
+    folder = project_root() / "notebooks"
+    names = sorted(p.stem for p in folder.glob("*.ipynb"))
+    if chapter.endswith(".ipynb") and Path(chapter).is_file():
+        return Path(chapter)
+    matches = [n for n in names if n == chapter or n.split("-")[0] == chapter]
+    if len(matches) != 1:
+        raise CommandError(
+            f"{chapter!r}: no such chapter; there are: {', '.join(names) or 'none in ' + folder.name}"
+        )
+    return folder / f"{matches[0]}.ipynb"
+
+
+def known_parameters(path: Path) -> dict[str, Any]:
+    """Names in the parameters cell of a notebook and their defaults (None: from the profile)."""
+    inspected = papermill.inspect_notebook(str(path))
+    return {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """ "beta=0.5" -> ("beta", 0.5); what is not a Python literal is a text. Raises CommandError without "="."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise CommandError(f"-p {text!r}: a parameter is given as name=value")
+    if value.strip().lower() in ("true", "false", "none", "null"):
+        return name.strip(), {"true": True, "false": False}.get(value.strip().lower())
+    try:
+        return name.strip(), ast.literal_eval(value.strip()) if "," not in value or value.strip()[
+            0
+        ] in "[(" else value
+    except (ValueError, SyntaxError):
+        return name.strip(), value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one move: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def _without_progress(notebook: nbformat.NotebookNode) -> None:
+    """Drop the remains of progress bars, which were meant for the terminal."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [
+                o for o in cell.outputs if not (o.get("name") == "stderr" and "\r" in o.get("text", ""))
+            ]
+
+
+def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) -> Path:
+    """Execute a chapter and move the result to `output`, by default its place in the book; returns where it is.
+
+    Parameters are checked before anything starts. A failed notebook is kept beside, with its error in it.
+    Raises ParameterError, or CommandError with the failing cell's error.
+    """
+    defaults = known_parameters(source)
+    params.check(defaults | given, list(defaults))
+    book = project_root() / "book"
+    target = output or book / "notebooks" / source.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failed = target.with_name(f"{target.stem}.failed.ipynb")
+    terminal = sys.stderr.isatty()
+    if terminal:
+        os.environ["PREFDYN_PROGRESS"] = "1"  # the kernel's bars, passed on to this terminal
+    try:
+        notebook = papermill.execute_notebook(
+            str(source),
+            str(failed),
+            parameters=given,
+            kernel_name="python3",
+            progress_bar=False,
+            stderr_file=sys.stderr if terminal else None,
+        )
+    except papermill.PapermillExecutionError as error:
+        raise CommandError(
+            f"{source.stem}: {error.ename}: {error.evalue}\n(the notebook up to the error is kept as {failed.name})"
+        ) from error
+    _without_progress(notebook)
+    values = page.collect_values(notebook)
+    if output is None:
+        _replace(
+            book / "_values" / f"{source.stem}.json", json.dumps(values, indent=1, sort_keys=True) + "\n"
+        )
+    _replace(target, nbformat.writes(notebook) + "\n")
+    failed.unlink()
+    return target
+
+
+@app.command()
+def chapters() -> None:
+    """List the chapters with their parameters: what each means, what is allowed, and its default."""
+    for path in sorted((project_root() / "notebooks").glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        typer.secho(f"{path.stem}  {cells[0].source.splitlines()[0].lstrip('# ')}", bold=True)
+        for name, default in known_parameters(path).items():
+            allowed, meaning = params.meaning(name)
+            if default is None:
+                values = {profile: params.presets(profile, "world")[name] for profile in params.PRESETS}
+                same = len({str(v) for v in values.values()}) == 1
+                default = values["reader"] if same else ", ".join(f"{p} {v}" for p, v in values.items())
+            typer.echo(f"  {name:17} {meaning}\n  {'':17} allowed: {allowed}; default: {default}")
+        typer.echo()
+
+
+@app.command()
+def execute(
+    chapter: Annotated[str, typer.Argument(help="name or number of a chapter, or the path of a notebook")],
+    parameter: Annotated[
+        list[str], typer.Option("-p", "--parameter", help="name=value; repeat for more")
+    ] = [],  # noqa: B006
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="where to write it [its place in the book]")
+    ] = None,
+) -> None:
+    """Execute a chapter with parameters; runs that are kept already are not computed again."""
+    target = execute_chapter(chapter_path(chapter), dict(map(parse_assignment, parameter)), output)
+    typer.echo(f"executed: {os.path.relpath(target)}")
+
+
+@runs_app.command("list")
+def list_runs() -> None:
+    """List finished runs, the oldest first."""
+    store = RunStore()
+    rows = store.list()
+    for row in rows:
+        typer.echo(f"{row['key']:28} {row['seconds']:8.1f} s {row['megabytes']:8.2f} MB  {row['finished']}")
+    typer.echo(f"{len(rows)} runs in {os.path.relpath(store.root)}")
+
+
+@runs_app.command("show")
+def show_run(key: Annotated[str, typer.Argument(help="key of a run, or its beginning")]) -> None:
+    """Show the configuration and the provenance of a run."""
+    run = RunStore().named(key)
+    shown = {"key": run.key, "spec": run.json("spec"), "provenance": run.json("provenance")}
+    typer.echo(json.dumps(shown | {"files": sorted(run.json("manifest"))}, indent=1))
+
+
+@runs_app.command("remove")
+def remove_run(
+    keys: Annotated[list[str], typer.Argument(help="keys of runs, or their beginnings")],
+) -> None:
+    """Remove runs; a chapter that needs one computes it again."""
+    store = RunStore()
+    for key in [store.named(key).key for key in keys]:
+        store.remove(key)
+        typer.echo(f"removed: {key}")
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is said in a line, without a traceback."""
+    try:
+        app()
+    except (CommandError, params.ParameterError, KeyError) as error:
+        typer.secho(error.args[0], fg="red", err=True)
+        sys.exit(2)

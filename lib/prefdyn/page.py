@@ -1,0 +1,120 @@
+"""What a chapter shows and leaves behind: figures that describe themselves, computed sentences, provenance.
+
+Numbers travel with the outputs of the notebook (as metadata), not through files: executing a chapter with other
+parameters elsewhere changes nothing in the book.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from .runs import Run
+
+KEY = "prefdyn"  # of the metadata that carries values
+
+
+def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
+    """Display a figure with its number's name (for references), caption and alternative text, and close it."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    width = round(fig.get_figwidth() * 100)
+    plt.close(fig)
+    display(
+        {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": alt},
+        metadata={
+            "image/png": {"width": width},
+            "mystnb": {"image": {"alt": alt}, "figure": {"name": name, "caption": caption}},
+        },
+        raw=True,
+    )
+
+
+def say(text: str, **values: Any) -> None:
+    """Display Markdown in which {name} stands for a computed value; the values are kept for other pages.
+
+    A value is a number, an `Estimate` or a text; formats are those of `str.format`, e.g. {gain:+.1f}.
+    """
+    kept = {}
+    for name, value in values.items():
+        number = getattr(value, "mean", value)
+        kept[name] = {
+            "value": number if isinstance(number, int | float | str) else str(number),
+            "text": str(value),
+        }
+    shown = text.format(**values)
+    display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
+
+
+def table(frame: pd.DataFrame, digits: int = 2) -> None:
+    """Display a table; all text in it is escaped, so data cannot become part of the page."""
+    shown = frame.to_html(
+        index=False,
+        escape=True,
+        border=0,
+        classes="dataframe",
+        float_format=lambda x: f"{x:.{digits}f}",
+        na_rep="–",
+    )
+    with pd.option_context("display.max_colwidth", None):
+        display({"text/html": shown, "text/plain": frame.to_string(index=False)}, raw=True)
+
+
+def texts(rows: Iterable[dict[str, Any]]) -> None:
+    """Display rows of named texts (prompts, replies) as a table whose columns wrap; everything is escaped."""
+    rows = list(rows)
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>"
+        for row in rows
+    )
+    plain = "\n".join(" | ".join(map(str, row.values())) for row in rows)
+    display(
+        {
+            "text/html": f'<table class="dataframe texts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
+            "text/plain": plain,
+        },
+        raw=True,
+    )
+
+
+def provenance(runs: Iterable[Run], parameters: Any) -> None:
+    """Display what a chapter's results come from: parameters, package versions, runs and their time."""
+    runs = list({run.key: run for run in runs}.values())
+    known = [run.json("provenance") for run in runs]
+    versions = known[0]["versions"]
+    hardware = {
+        f"{k['hardware']['system']} {k['hardware']['machine']}, {k['hardware']['accelerator'] or 'CPU'}, "
+        f"{k['hardware']['threads']} thread(s) a run"
+        for k in known
+    }
+    rows = [
+        ("parameters", ", ".join(f"{k}={v!r}" for k, v in parameters.model_dump().items() if k != "dataset")),
+        ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("hardware", "; ".join(sorted(hardware))),
+        ("runs", f"{len(runs)}, computed in {sum(k['seconds'] for k in known):.0f} s of one process"),
+        ("keys", ", ".join(run.key for run in runs)),
+    ]
+    texts({"": name, "of these results": value} for name, value in rows)
+
+
+def collect_values(notebook: dict) -> dict[str, dict]:
+    """The values that `say` left in an executed notebook (as JSON), by name. Raises ValueError on a name used twice."""
+    values: dict[str, dict] = {}
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            new = output.get("metadata", {}).get(KEY, {}).get("values", {})
+            twice = {
+                name for name in new if name in values and json.dumps(values[name]) != json.dumps(new[name])
+            }
+            if twice:
+                raise ValueError(f"the chapter gives two different values for {sorted(twice)}")
+            values |= new
+    return values

@@ -1,0 +1,298 @@
+"""Parameters of chapters: what they mean, what is allowed, what a profile presets, and errors that help.
+
+A notebook's parameters cell lists plain literals; `None` means "from the profile". The next cell calls `read()`,
+which stops on a name that the cell does not have, on a wrong type and on a value out of range.
+"""
+
+import ast
+import difflib
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class ParameterError(ValueError):
+    """A parameter that is not there or not allowed; the message says which, what was given and what is allowed."""
+
+
+class Parameters(BaseModel):
+    """Every parameter that a chapter may have."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    profile: Literal["smoke", "reader", "paper"] = Field(
+        description="size of everything that is not given by name"
+    )
+    dataset: str = Field(
+        description="'world', or the path of a preference file (.jsonl, .jsonl.gz)", min_length=1
+    )
+    model: str = Field(description="'scratch', or a checkpoint: a folder or a name on the hub", min_length=1)
+    seeds: list[int] = Field(description="one run of everything for each seed", min_length=1)
+    pairs: int = Field(description="preference pairs to train on, at most", ge=8)
+    check: int = Field(description="pairs of the second, disjoint probe, at most", ge=8)
+    demonstrations: int = Field(description="demonstrations for SFT (world only)", ge=8)
+    label_noise: float = Field(description="share of labels turned round (world only)", ge=0, le=0.5)
+    validation: int = Field(description="prompts kept for choosing learning rates", ge=1)
+    held_out: int = Field(description="prompts kept for evaluation", ge=2)
+    max_prompt: int = Field(description="tokens of a prompt, the last ones are kept", ge=4)
+    max_response: int = Field(description="tokens of a response at most", ge=2)
+    vocab_size: int = Field(description="tokens of the tokenizer trained on a file", ge=300)
+    layers: int = Field(description="layers of the model made from scratch", ge=1)
+    width: int = Field(description="width of the model made from scratch", ge=8)
+    heads: int = Field(description="attention heads of the model made from scratch", ge=1)
+    sft_steps: int = Field(
+        description="updates of supervised fine-tuning (0: the checkpoint is used as it is)", ge=0
+    )
+    sft_lr: float = Field(description="learning rate of SFT", gt=0)
+    sft_batch: int = Field(description="demonstrations an update of SFT", ge=1)
+    beta: float = Field(description="DPO's beta, strength of the tie to the reference", gt=0)
+    lr: float = Field(description="learning rate of DPO", gt=0)
+    epochs: float = Field(description="passes of DPO over the pairs", gt=0)
+    long_epochs: float = Field(description="passes of the over-long DPO run", gt=0)
+    batch: int = Field(description="pairs an update of DPO", ge=1)
+    micro_batch: int = Field(description="sequences in memory at once in training (0: all)", ge=0)
+    optimizer: Literal["adamw", "sgd"] = Field(description="optimiser of SFT and DPO")
+    checkpoints: int = Field(description="checkpoints a run, the first and last step included", ge=2)
+    probe: int = Field(
+        description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2
+    )
+    target_prompts: Literal["held_out", "train"] = Field(description="prompts of the final responses D'")
+    target_decoding: Literal["greedy", "sampled"] = Field(description="how D' is decoded")
+    target_reduction: Literal["sum", "mean"] = Field(description="over the tokens of a final response")
+    method: Literal["forward", "central"] = Field(description="forward mode, or central differences")
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds(cls, value: Any) -> Any:
+        """Accept "0,1,2", which a command line can give, for [0, 1, 2]."""
+        if isinstance(value, str) and re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", value):
+            value = [int(part) for part in value.split(",")]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = [value]
+        if isinstance(value, list) and len(set(map(str, value))) < len(value):
+            raise ValueError("each seed once")
+        if isinstance(value, list) and any(isinstance(v, int) and v < 0 for v in value):
+            raise ValueError("no negative seed")
+        return value
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "seeds": [0, 1],
+        "pairs": 128,
+        "check": 128,
+        "demonstrations": 512,
+        "validation": 64,
+        "held_out": 64,
+        "layers": 1,
+        "width": 32,
+        "heads": 2,
+        "sft_steps": 60,
+        "sft_lr": 1e-2,
+        "sft_batch": 32,
+        "lr": 1e-3,
+        "epochs": 2.0,
+        "long_epochs": 6.0,
+        "batch": 32,
+        "checkpoints": 4,
+        "probe": 128,
+    },
+    "reader": {
+        "seeds": [0, 1, 2],
+        "pairs": 1024,
+        "check": 1024,
+        "demonstrations": 4096,
+        "validation": 128,
+        "held_out": 384,
+        "layers": 2,
+        "width": 64,
+        "heads": 4,
+        "sft_steps": 400,
+        "sft_lr": 3e-3,
+        "sft_batch": 64,
+        "lr": 1e-4,
+        "epochs": 2.0,
+        "long_epochs": 20.0,
+        "batch": 32,
+        "checkpoints": 9,
+        "probe": 1024,
+    },
+    # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
+    # batch and passes are those that arXiv 2512.00778 (v2) states.
+    "paper": {
+        "seeds": [0, 1, 2],
+        "pairs": 61_000,
+        "check": 1024,
+        "demonstrations": 61_000,
+        "validation": 256,
+        "held_out": 805,
+        "layers": 2,
+        "width": 64,
+        "heads": 4,
+        "sft_steps": 500,
+        "sft_lr": 1e-5,
+        "sft_batch": 64,
+        "lr": 5e-5,
+        "epochs": 2.0,
+        "long_epochs": 8.0,
+        "batch": 512,
+        "checkpoints": 9,
+        "probe": 2048,
+        "max_prompt": 512,
+        "max_response": 512,
+        "micro_batch": 16,
+    },
+}
+COMMON = {
+    "profile": "reader",
+    "dataset": "world",
+    "model": "scratch",
+    "label_noise": 0.2,
+    "max_prompt": 24,
+    "max_response": 28,
+    "vocab_size": 2048,
+    "beta": 0.1,
+    "micro_batch": 0,
+    "optimizer": "adamw",
+    "target_prompts": "held_out",
+    "target_decoding": "greedy",
+    "target_reduction": "sum",
+    "method": "forward",
+}
+# Real text is longer and harder than the world's.
+FILE = {
+    "smoke": {"max_prompt": 24, "max_response": 32, "vocab_size": 512},
+    "reader": {
+        "max_prompt": 32,
+        "max_response": 48,
+        "width": 128,
+        "held_out": 64,
+        "validation": 16,
+        "pairs": 2048,
+        "sft_steps": 600,
+        "sft_lr": 2e-3,
+        "sft_batch": 32,
+        "long_epochs": 8.0,
+    },
+    "paper": {},
+}
+
+
+def presets(profile: str, dataset: str) -> dict[str, Any]:
+    """Every parameter's value under a profile, for the world or for a file."""
+    if profile not in PRESETS:
+        raise ParameterError(f"profile: given {profile!r}; allowed: {_allowed('profile')}")
+    return COMMON | PRESETS[profile] | ({} if dataset == "world" else FILE[profile]) | {"profile": profile}
+
+
+def _allowed(name: str) -> str:
+    """What a parameter allows, in words."""
+    schema = Parameters.model_json_schema()["properties"][name]
+    if "enum" in schema:
+        return "one of " + ", ".join(schema["enum"])
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "string": "a text",
+        "array": "a list of different seeds, e.g. 0,1,2",
+    }
+    limits = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}"}
+    bounds = [text.format(schema[key]) for key, text in limits.items() if key in schema]
+    return " ".join([words[schema["type"]], " and ".join(bounds)]).strip() + f": {schema['description']}"
+
+
+def meaning(name: str) -> tuple[str, str]:
+    """What a parameter allows and what it means, each in a few words."""
+    description = Parameters.model_fields[name].description
+    return _allowed(name).removesuffix(f": {description}"), description
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{name}: no such parameter.{hint} There are: {', '.join(known)}"
+
+
+def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
+    """Parameters from the values that were given, the rest from the profile.
+
+    Args: given, name to value, None for "from the profile". known, the names that are allowed, by default all.
+    Raises ParameterError that lists every problem.
+    """
+    known = sorted(Parameters.model_fields) if known is None else sorted(known)
+    problems = [_unknown(name, known) for name in given if name not in known]
+    chosen = {
+        name: value for name, value in given.items() if value is not None and name in Parameters.model_fields
+    }
+    profile, dataset = (chosen.get(name, COMMON[name]) for name in ("profile", "dataset"))
+    try:
+        if not isinstance(profile, str) or profile not in PRESETS:
+            problems.append(
+                f"profile: given {profile!r} ({type(profile).__name__}); allowed: {_allowed('profile')}"
+            )
+            chosen["profile"] = profile = "reader"
+        result = Parameters(**(presets(profile, dataset) | chosen))
+    except ValidationError as error:
+        for item in error.errors():
+            name = item["loc"][0]
+            value = chosen.get(name)
+            reason = f" ({item['ctx']['error']})" if item["type"] == "value_error" else ""
+            problems.append(
+                f"{name}: given {value!r} ({type(value).__name__}){reason}; allowed: {_allowed(name)}"
+            )
+    if problems:
+        raise ParameterError("\n  ".join(["these parameters cannot be used:", *dict.fromkeys(problems)]))
+    if profile == "paper" and (result.model == "scratch" or result.dataset == "world"):
+        raise ParameterError(
+            "profile: 'paper' measures a real checkpoint on real preferences; give `model` (a folder or a name on "
+            f"the hub) and `dataset` (a file); given model={result.model!r}, dataset={result.dataset!r}"
+        )
+    if result.sft_steps == 0 and result.model == "scratch":
+        raise ParameterError(
+            "sft_steps: given 0 (int); a model from scratch has to learn first; allowed: 1 or more"
+        )
+    return result
+
+
+def _literal_cell(source: str) -> dict[str, Any] | None:
+    """The assignments of a cell that holds nothing but names set to literals, else None."""
+    try:
+        body = ast.parse(source).body
+        values = {}
+        for node in body:
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            values[target.id] = ast.literal_eval(node.value)
+    except (SyntaxError, AttributeError, ValueError, TypeError):
+        return None
+    return values or None
+
+
+def read_cells(cells: list[str]) -> Parameters:
+    """Parameters from the sources of the cells that were executed so far, the cell that asks included, last.
+
+    The cells just before it that hold only literals are the parameters cell and, after it, the one that papermill
+    adds: its names must be among those of the first.
+    """
+    found: list[dict[str, Any]] = []
+    for source in reversed(cells[:-1]):
+        values = _literal_cell(source)
+        if values is None:
+            break
+        found.insert(0, values)
+    if not found:
+        raise ParameterError("no parameters cell was executed before this one; run the notebook from its top")
+    known = list(found[0])
+    return check({name: value for cell in found for name, value in cell.items()}, known)
+
+
+def read() -> Parameters:
+    """The parameters of the notebook that calls this, from its parameters cell and what papermill added to it."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise ParameterError(
+            "parameters can be read only inside a notebook; elsewhere call params.check({...})"
+        )
+    return read_cells([source for source in shell.user_ns["In"] if source.strip()])

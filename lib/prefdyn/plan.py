@@ -1,0 +1,122 @@
+"""From parameters to runs: which specs a chapter's parameters describe."""
+
+import hashlib
+from pathlib import Path
+
+from .measure import AlignmentRun, TargetSpec
+from .params import ParameterError, Parameters
+from .recipes import DataSpec, DPORun, PolicySpec, SFTRun, dataset
+from .runs import file_hash
+from .train import Optimisation
+
+
+def _folder_hash(folder: Path) -> str:
+    """Hash of the files of a checkpoint."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def data_spec(p: Parameters, seed: int) -> DataSpec:
+    """The data of one seed. Raises ParameterError if the file does not exist."""
+    path = None
+    if p.dataset != "world":
+        path = Path(p.dataset).expanduser()
+        if not path.is_file():
+            raise ParameterError(
+                f"dataset: given {p.dataset!r}, and there is no such file; allowed: 'world' or the path of a "
+                f".jsonl or .jsonl.gz file, relative to the folder of this kernel ({Path.cwd().name!r}) or absolute"
+            )
+    return DataSpec(
+        path=None if path is None else str(path.resolve()),
+        content=None if path is None else file_hash(path),
+        seed=seed if path is None else 0,
+        pairs=p.pairs,
+        check=p.check,
+        demonstrations=p.demonstrations,
+        label_noise=p.label_noise,
+        validation=p.validation,
+        held_out=p.held_out,
+        max_prompt=p.max_prompt,
+        max_response=p.max_response,
+        vocab_size=p.vocab_size,
+    )
+
+
+def policy_spec(p: Parameters) -> PolicySpec:
+    """The model before training. Raises ParameterError if it is a folder that does not exist."""
+    folder = Path(p.model).expanduser()
+    if p.model.startswith((".", "/", "~")) and not folder.is_dir():
+        raise ParameterError(
+            f"model: given {p.model!r}, and there is no such folder; allowed: 'scratch', a folder with a saved "
+            "checkpoint or the name of a model on the hub"
+        )
+    local = p.model != "scratch" and folder.is_dir()
+    return PolicySpec(
+        model=str(folder.resolve()) if local else p.model,
+        content=_folder_hash(folder) if local else None,
+        layers=p.layers,
+        width=p.width,
+        heads=p.heads,
+    )
+
+
+def sft_run(p: Parameters, seed: int) -> SFTRun:
+    """Supervised fine-tuning, from which everything else starts."""
+    return SFTRun(
+        data=data_spec(p, seed),
+        policy=policy_spec(p),
+        seed=seed,
+        optimisation=Optimisation(
+            steps=p.sft_steps,
+            batch_size=p.sft_batch,
+            lr=p.sft_lr,
+            optimizer=p.optimizer,
+            micro_batch=p.micro_batch,
+            seed=seed,
+        ),
+        checkpoints=p.checkpoints,
+    )
+
+
+def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False) -> DPORun:
+    """DPO from the SFT policy of the same seed; `long` trains for `long_epochs` at a constant learning rate."""
+    sft = sft_run(p, seed)
+    pairs = len(dataset(sft.data).pairs)  # a file may hold fewer than were asked for
+    if p.batch > pairs:
+        raise ParameterError(
+            f"batch: given {p.batch} (int), more than the {pairs} pairs to train on; allowed: 1 to {pairs}"
+        )
+    steps = max(1, round((p.long_epochs if long else p.epochs) * pairs / p.batch))
+    return DPORun(
+        sft=sft,
+        beta=p.beta,
+        control=control,
+        optimisation=Optimisation(
+            steps=steps,
+            batch_size=p.batch,
+            lr=p.lr,
+            optimizer=p.optimizer,
+            schedule="constant" if long else "linear",
+            micro_batch=p.micro_batch,
+            seed=seed,
+        ),
+        checkpoints=p.checkpoints,
+    )
+
+
+def alignment_run(p: Parameters, run: SFTRun | DPORun, probe: str = "train") -> AlignmentRun:
+    """The measurement of a training run on one probe, with the declared choices of the parameters."""
+    return AlignmentRun(
+        run=run,
+        targets=TargetSpec(
+            prompts=p.target_prompts,
+            decoding=p.target_decoding,
+            reduction=p.target_reduction,
+            count=p.held_out,
+        ),
+        probe=probe,
+        size=p.probe,
+        method=p.method,
+    )

@@ -1,0 +1,72 @@
+"""The book's figures: one style, seeds as thin lines, their mean with its interval on top."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .stats import over_seeds
+
+PAPER = "#fbfaf7"  # a background that suits light and dark pages
+INK = "#2b2b33"
+# Okabe and Ito's colours, told apart with colour-blindness too
+COLOURS = {
+    "blue": "#0072B2",
+    "orange": "#D55E00",
+    "green": "#009E73",
+    "pink": "#CC79A7",
+    "yellow": "#B58900",
+    "grey": "#6b6b73",
+}
+
+
+def style() -> None:
+    """Set the book's style for all figures that follow."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        rc={
+            "figure.facecolor": PAPER,
+            "axes.facecolor": PAPER,
+            "savefig.facecolor": PAPER,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "text.color": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 12,
+            "axes.labelsize": 11.5,
+            "xtick.labelsize": 11,
+            "ytick.labelsize": 11,
+            "legend.fontsize": 10.5,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        },
+    )
+
+
+def panels(rows: int, height: float = 2.9, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A column of `rows` panels, narrow enough to be read on a phone."""
+    fig, axes = plt.subplots(rows, 1, figsize=(6.4, height * rows), squeeze=False, **kwargs)
+    return fig, list(axes[:, 0])
+
+
+def over_training(
+    ax: Axes, table: pd.DataFrame, y: str, *, colour: str, label: str, x: str = "step", dash: str = "-"
+) -> None:
+    """Draw `y` over training: each seed thin, the mean over seeds thick, its 95% interval as a band."""
+    for _, one in table.groupby("seed"):
+        ax.plot(one[x], one[y], color=COLOURS[colour], lw=0.8, alpha=0.45, ls=dash)
+    mean = over_seeds(table, x, y)
+    ax.plot(mean[x], mean["mean"], color=COLOURS[colour], lw=2.2, ls=dash, label=label, marker="o", ms=3.5)
+    if mean["low"].notna().any():
+        ax.fill_between(mean[x], mean["low"], mean["high"], color=COLOURS[colour], alpha=0.15, lw=0)
+
+
+def zero_line(ax: Axes, at: float = 0.0) -> None:
+    """A fine line where a quantity changes its meaning."""
+    ax.axhline(at, color=COLOURS["grey"], lw=0.8, ls=":", zorder=0)

@@ -1,0 +1,77 @@
+"""Intervals and summaries; what scipy has is scipy's."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval and the number of independent values behind it; prints as "0.63 [0.60, 0.66]"."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".2f"
+        if not math.isfinite(self.low):
+            return f"{self.mean:{spec}} [no interval, n = {self.n}]"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def __str__(self) -> str:
+        return format(self)
+
+    @property
+    def above_zero(self) -> bool:
+        """Whether the whole interval lies above 0; False where there is no interval."""
+        return self.low > 0
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Mean of independent values (one a seed) with Student's t interval; no interval from fewer than two.
+
+    Raises ValueError if there is no value.
+    """
+    x = np.asarray(values, float)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"mean_interval: a list of at least one value is needed, given shape {x.shape}")
+    if x.size == 1:
+        return Estimate(float(x[0]), math.nan, math.nan, 1)
+    half = stats.t.ppf((1 + level) / 2, x.size - 1) * stats.sem(x)
+    return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), int(x.size))
+
+
+def over_seeds(table: pd.DataFrame, by: str | list[str], value: str) -> pd.DataFrame:
+    """Mean and interval over seeds of `value` within each group of `by`: columns mean, low, high, n."""
+    groups = table.groupby(by)[value].apply(lambda x: mean_interval(x.to_numpy()))
+    return pd.DataFrame(
+        [{"mean": e.mean, "low": e.low, "high": e.high, "n": e.n} for e in groups], index=groups.index
+    ).reset_index()
+
+
+def sign_summary(g: Sequence[float], se: Sequence[float], level: float = 0.95) -> dict[str, float]:
+    """How stable the sign of G is over the checkpoints of one run.
+
+    Returns positive, negative: share of checkpoints whose normal interval g +- z * se lies above, below 0; flips:
+    changes of sign between successive checkpoints where both intervals exclude 0. Missing values are left out.
+    """
+    g, se = np.asarray(g, float), np.asarray(se, float)
+    if g.shape != se.shape:
+        raise ValueError(f"sign_summary: g {g.shape} and se {se.shape} differ in shape")
+    known = np.isfinite(g) & np.isfinite(se)
+    z = stats.norm.ppf((1 + level) / 2)
+    sign = np.where(np.abs(g) > z * se, np.sign(g), 0)[known]
+    if sign.size == 0:
+        return {"positive": math.nan, "negative": math.nan, "flips": math.nan}
+    sure = sign[sign != 0]
+    return {
+        "positive": float((sign > 0).mean()),
+        "negative": float((sign < 0).mean()),
+        "flips": float((sure[1:] != sure[:-1]).sum()),
+    }
