@@ -41,18 +41,14 @@ def gradient(model: PreTrainedModel, parts: Iterable[tuple[Batch, torch.Tensor]]
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}
     for batch, w in parts:
-        grads = torch.autograd.grad(
-            (w * token_logps(model, batch)).sum(), list(named.values()), allow_unused=True
-        )
+        grads = torch.autograd.grad((w * token_logps(model, batch)).sum(), list(named.values()), allow_unused=True)
         for name, grad in zip(named, grads, strict=True):
             if grad is not None:
                 total[name] += grad
     return total
 
 
-def target_direction(
-    model: PreTrainedModel, targets: Batch, reduction: str = "sum", size: int = 256
-) -> Direction:
+def target_direction(model: PreTrainedModel, targets: Batch, reduction: str = "sum", size: int = 256) -> Direction:
     """d: the gradient of the mean log-likelihood of the responses D' in `targets`.
 
     reduction: over the tokens of a response, "sum" (its log-likelihood) or "mean" (per token). The paper's text
@@ -115,17 +111,13 @@ def _central(model: PreTrainedModel, batch: Batch, direction: Direction) -> tupl
     return token_logps(model, batch), (values[0] - values[1]) / (2 * eps)
 
 
-def _backward(
-    model: PreTrainedModel, batch: Batch, direction: Direction
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
     """One backward pass per token: the definition, for tests and tiny examples."""
     named = {name: p for name, p in model.named_parameters() if name in direction}
     logps = token_logps(model, batch)
     scores = torch.zeros_like(logps)
     for row, col in batch.response.nonzero().tolist():
-        grads = torch.autograd.grad(
-            logps[row, col], list(named.values()), retain_graph=True, allow_unused=True
-        )
+        grads = torch.autograd.grad(logps[row, col], list(named.values()), retain_graph=True, allow_unused=True)
         scores[row, col] = sum(
             (g * direction[name]).sum() for name, g in zip(named, grads, strict=True) if g is not None
         )

@@ -14,9 +14,7 @@ import typer
 from . import page, params
 from .runs import RunStore, project_root
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs."
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
 runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
 app.add_typer(runs_app, name="runs")
 
@@ -33,9 +31,7 @@ def chapter_path(chapter: str) -> Path:
         return Path(chapter)
     matches = [n for n in names if n == chapter or n.split("-")[0] == chapter]
     if len(matches) != 1:
-        raise CommandError(
-            f"{chapter!r}: no such chapter; there are: {', '.join(names) or 'none in ' + folder.name}"
-        )
+        raise CommandError(f"{chapter!r}: no such chapter; there are: {', '.join(names) or 'none in ' + folder.name}")
     return folder / f"{matches[0]}.ipynb"
 
 
@@ -53,9 +49,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if value.strip().lower() in ("true", "false", "none", "null"):
         return name.strip(), {"true": True, "false": False}.get(value.strip().lower())
     try:
-        return name.strip(), ast.literal_eval(value.strip()) if "," not in value or value.strip()[
-            0
-        ] in "[(" else value
+        return name.strip(), ast.literal_eval(value.strip()) if "," not in value or value.strip()[0] in "[(" else value
     except (ValueError, SyntaxError):
         return name.strip(), value
 
@@ -72,9 +66,7 @@ def _without_progress(notebook: nbformat.NotebookNode) -> None:
     """Drop the remains of progress bars, which were meant for the terminal."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [
-                o for o in cell.outputs if not (o.get("name") == "stderr" and "\r" in o.get("text", ""))
-            ]
+            cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and "\r" in o.get("text", ""))]
 
 
 def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) -> Path:
@@ -108,9 +100,7 @@ def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) ->
     _without_progress(notebook)
     values = page.collect_values(notebook)
     if output is None:
-        _replace(
-            book / "_values" / f"{source.stem}.json", json.dumps(values, indent=1, sort_keys=True) + "\n"
-        )
+        _replace(book / "_values" / f"{source.stem}.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
     _replace(target, nbformat.writes(notebook) + "\n")
     failed.unlink()
     return target
@@ -135,9 +125,7 @@ def chapters() -> None:
 @app.command()
 def execute(
     chapter: Annotated[str, typer.Argument(help="name or number of a chapter, or the path of a notebook")],
-    parameter: Annotated[
-        list[str], typer.Option("-p", "--parameter", help="name=value; repeat for more")
-    ] = [],  # noqa: B006
+    parameter: Annotated[list[str], typer.Option("-p", "--parameter", help="name=value; repeat for more")] = [],  # noqa: B006
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="where to write it [its place in the book]")
     ] = None,

@@ -27,9 +27,7 @@ def thirds(strength: torch.Tensor) -> torch.Tensor:
     there are no groups, and -1 is returned for all rather than an order of ties.
     """
     if strength.ndim != 1 or strength.numel() == 0:
-        raise ValueError(
-            f"thirds: strength must be [U] with at least one unit, given {tuple(strength.shape)}"
-        )
+        raise ValueError(f"thirds: strength must be [U] with at least one unit, given {tuple(strength.shape)}")
     if bool(strength.max() - strength.min() <= ROUNDING * strength.abs().max()):
         return torch.full_like(strength, -1, dtype=torch.int64)
     units = strength.numel()

@@ -61,9 +61,7 @@ def from_world(
     drawn = world.pairs(train, 2 * check + 100, label_noise, seed, part="check")
     fresh = [row for row in drawn if (row["prompt"], *sorted((row["chosen"], row["rejected"]))) not in seen]
     if len(fresh) < check:
-        raise DataError(
-            f"check={check}: the world yields only {len(fresh)} pairs that are not among pairs={pairs}"
-        )
+        raise DataError(f"check={check}: the world yields only {len(fresh)} pairs that are not among pairs={pairs}")
     return Dataset(
         pairs=train_pairs,
         check=fresh[:check],
@@ -139,9 +137,7 @@ def read_pairs(path: str | Path) -> tuple[list[dict], list[str]]:
     except (OSError, EOFError) as error:
         problems.append(f"after line {len(pairs) + len(problems)}: {error}")
     if not pairs:
-        raise DataError(
-            f"dataset={str(path)!r}: no usable pair; " + "; ".join(problems[:3] or ["the file is empty"])
-        )
+        raise DataError(f"dataset={str(path)!r}: no usable pair; " + "; ".join(problems[:3] or ["the file is empty"]))
     return pairs, problems
 
 
@@ -152,9 +148,7 @@ def from_file(path: str | Path, *, pairs: int, check: int, validation: int, held
     `check` are upper bounds, `validation` and `held_out` numbers of prompts. Raises DataError.
     """
     rows, problems = read_pairs(path)
-    order = sorted(
-        {row["prompt"] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest()
-    )
+    order = sorted({row["prompt"] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     if validation + held_out + 2 > len(order):
         raise DataError(
             f"validation={validation}, held_out={held_out}: the file has {len(order)} different prompts, "
@@ -251,9 +245,7 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, max_response
     return ids[:max_response]
 
 
-def pad(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, side: str = "right"
-) -> Batch:
+def pad(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, side: str = "right") -> Batch:
     """Stack prompts and responses (token ids) into a Batch, padded on one side.
 
     Raises ValueError if the numbers differ, a sequence is empty or `side` is neither "right" nor "left".
@@ -261,9 +253,7 @@ def pad(
     if side not in ("right", "left"):
         raise ValueError(f"side={side!r}: must be 'right' or 'left'")
     if len(prompts) != len(responses) or not prompts:
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed"
-        )
+        raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses: one response a prompt is needed")
     if not all(prompts) or not all(responses):
         raise ValueError("an empty prompt or response: each needs at least one token")
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))

@@ -41,16 +41,12 @@ class AlignmentRun(recipes.Spec):
     def _examples(self) -> int:
         known = recipes.dataset(self.run.data)
         if self.run.kind == "sft":
-            return min(
-                self.size, len(known.demonstrations if self.probe == "train" else known.check_demonstrations)
-            )
+            return min(self.size, len(known.demonstrations if self.probe == "train" else known.check_demonstrations))
         return min(self.size, len(known.pairs if self.probe == "train" else known.check))
 
     def work(self) -> float:
         rows = self.size * (1 if self.run.kind == "sft" else 2)
-        return (
-            2.4 * rows * len(self.run.steps())
-        )  # a measured row costs about 2.4 trained ones: G and one gradient
+        return 2.4 * rows * len(self.run.steps())  # a measured row costs about 2.4 trained ones: G and one gradient
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write alignment.parquet (a row a step and component) and sequences.parquet (a row a step and example).
@@ -71,9 +67,7 @@ class AlignmentRun(recipes.Spec):
             sequences.append(part_sequences)
             tick(self.work() / len(self.run.steps()))
         pd.concat(summaries, ignore_index=True).to_parquet(folder / "alignment.parquet")
-        pd.concat(sequences, ignore_index=True).astype({"step": "int32"}).to_parquet(
-            folder / "sequences.parquet"
-        )
+        pd.concat(sequences, ignore_index=True).astype({"step": "int32"}).to_parquet(folder / "sequences.parquet")
 
     def _targets(self, model, tokenizer) -> Batch:
         """D': what the final policy answers."""

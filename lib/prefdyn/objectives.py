@@ -119,9 +119,7 @@ class DPO:
     ):
         sizes = {len(chosen), len(rejected), len(ref_chosen), len(ref_rejected)}
         if len(sizes) != 1:
-            raise ValueError(
-                f"DPO: chosen, rejected and their reference log-probs differ in number: {sorted(sizes)}"
-            )
+            raise ValueError(f"DPO: chosen, rejected and their reference log-probs differ in number: {sorted(sizes)}")
         self.rows = concatenate([chosen, rejected])
         self.reference = (ref_chosen, ref_rejected)
         self.beta = beta

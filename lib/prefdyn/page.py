@@ -72,8 +72,7 @@ def texts(rows: Iterable[dict[str, Any]]) -> None:
     rows = list(rows)
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
     )
     plain = "\n".join(" | ".join(map(str, row.values())) for row in rows)
     display(
@@ -111,9 +110,7 @@ def collect_values(notebook: dict) -> dict[str, dict]:
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
             new = output.get("metadata", {}).get(KEY, {}).get("values", {})
-            twice = {
-                name for name in new if name in values and json.dumps(values[name]) != json.dumps(new[name])
-            }
+            twice = {name for name in new if name in values and json.dumps(values[name]) != json.dumps(new[name])}
             if twice:
                 raise ValueError(f"the chapter gives two different values for {sorted(twice)}")
             values |= new

@@ -21,12 +21,8 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    profile: Literal["smoke", "reader", "paper"] = Field(
-        description="size of everything that is not given by name"
-    )
-    dataset: str = Field(
-        description="'world', or the path of a preference file (.jsonl, .jsonl.gz)", min_length=1
-    )
+    profile: Literal["smoke", "reader", "paper"] = Field(description="size of everything that is not given by name")
+    dataset: str = Field(description="'world', or the path of a preference file (.jsonl, .jsonl.gz)", min_length=1)
     model: str = Field(description="'scratch', or a checkpoint: a folder or a name on the hub", min_length=1)
     seeds: list[int] = Field(description="one run of everything for each seed", min_length=1)
     pairs: int = Field(description="preference pairs to train on, at most", ge=8)
@@ -41,9 +37,7 @@ class Parameters(BaseModel):
     layers: int = Field(description="layers of the model made from scratch", ge=1)
     width: int = Field(description="width of the model made from scratch", ge=8)
     heads: int = Field(description="attention heads of the model made from scratch", ge=1)
-    sft_steps: int = Field(
-        description="updates of supervised fine-tuning (0: the checkpoint is used as it is)", ge=0
-    )
+    sft_steps: int = Field(description="updates of supervised fine-tuning (0: the checkpoint is used as it is)", ge=0)
     sft_lr: float = Field(description="learning rate of SFT", gt=0)
     sft_batch: int = Field(description="demonstrations an update of SFT", ge=1)
     beta: float = Field(description="DPO's beta, strength of the tie to the reference", gt=0)
@@ -54,9 +48,7 @@ class Parameters(BaseModel):
     micro_batch: int = Field(description="sequences in memory at once in training (0: all)", ge=0)
     optimizer: Literal["adamw", "sgd"] = Field(description="optimiser of SFT and DPO")
     checkpoints: int = Field(description="checkpoints a run, the first and last step included", ge=2)
-    probe: int = Field(
-        description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2
-    )
+    probe: int = Field(description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2)
     target_prompts: Literal["held_out", "train"] = Field(description="prompts of the final responses D'")
     target_decoding: Literal["greedy", "sampled"] = Field(description="how D' is decoded")
     target_reduction: Literal["sum", "mean"] = Field(description="over the tokens of a final response")
@@ -222,15 +214,11 @@ def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
     """
     known = sorted(Parameters.model_fields) if known is None else sorted(known)
     problems = [_unknown(name, known) for name in given if name not in known]
-    chosen = {
-        name: value for name, value in given.items() if value is not None and name in Parameters.model_fields
-    }
+    chosen = {name: value for name, value in given.items() if value is not None and name in Parameters.model_fields}
     profile, dataset = (chosen.get(name, COMMON[name]) for name in ("profile", "dataset"))
     try:
         if not isinstance(profile, str) or profile not in PRESETS:
-            problems.append(
-                f"profile: given {profile!r} ({type(profile).__name__}); allowed: {_allowed('profile')}"
-            )
+            problems.append(f"profile: given {profile!r} ({type(profile).__name__}); allowed: {_allowed('profile')}")
             chosen["profile"] = profile = "reader"
         result = Parameters(**(presets(profile, dataset) | chosen))
     except ValidationError as error:
@@ -238,9 +226,7 @@ def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
             name = item["loc"][0]
             value = chosen.get(name)
             reason = f" ({item['ctx']['error']})" if item["type"] == "value_error" else ""
-            problems.append(
-                f"{name}: given {value!r} ({type(value).__name__}){reason}; allowed: {_allowed(name)}"
-            )
+            problems.append(f"{name}: given {value!r} ({type(value).__name__}){reason}; allowed: {_allowed(name)}")
     if problems:
         raise ParameterError("\n  ".join(["these parameters cannot be used:", *dict.fromkeys(problems)]))
     if profile == "paper" and (result.model == "scratch" or result.dataset == "world"):
@@ -249,9 +235,7 @@ def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
             f"the hub) and `dataset` (a file); given model={result.model!r}, dataset={result.dataset!r}"
         )
     if result.sft_steps == 0 and result.model == "scratch":
-        raise ParameterError(
-            "sft_steps: given 0 (int); a model from scratch has to learn first; allowed: 1 or more"
-        )
+        raise ParameterError("sft_steps: given 0 (int); a model from scratch has to learn first; allowed: 1 or more")
     return result
 
 
@@ -292,7 +276,5 @@ def read() -> Parameters:
 
     shell = get_ipython()
     if shell is None:
-        raise ParameterError(
-            "parameters can be read only inside a notebook; elsewhere call params.check({...})"
-        )
+        raise ParameterError("parameters can be read only inside a notebook; elsewhere call params.check({...})")
     return read_cells([source for source in shell.user_ns["In"] if source.strip()])

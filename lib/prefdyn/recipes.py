@@ -73,20 +73,14 @@ def dataset(spec: DataSpec) -> data.Dataset:
     )
 
 
-def _start(
-    policy_spec: PolicySpec, data_spec: DataSpec, seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _start(policy_spec: PolicySpec, data_spec: DataSpec, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy before any training here, and its tokenizer."""
     if policy_spec.model != "scratch":
         return policy.load(policy_spec.model)
     if data_spec.path is None:
         tokenizer = policy.word_tokenizer(world.vocabulary())
     else:
-        texts = [
-            text
-            for row in dataset(data_spec).pairs
-            for text in (row["prompt"], row["chosen"], row["rejected"])
-        ]
+        texts = [text for row in dataset(data_spec).pairs for text in (row["prompt"], row["chosen"], row["rejected"])]
         tokenizer = policy.bpe_tokenizer(texts, data_spec.vocab_size)
     model = policy.scratch_model(
         tokenizer,
@@ -169,9 +163,7 @@ class _Training(Spec):
             kept = {"metrics": metrics | checked, "replies": replies}
             (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
 
-        rows_a_step = (
-            len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
-        )
+        rows_a_step = len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
         log = fit(
             model,
             objective,
@@ -184,11 +176,7 @@ class _Training(Spec):
         )
         pd.DataFrame(log).to_parquet(folder / "steps.parquet")
         kept = {step: json.loads((folder / f"evaluation-{step}.json").read_text()) for step in self.steps()}
-        replies = [
-            {"step": step, "index": i, **row}
-            for step, k in kept.items()
-            for i, row in enumerate(k["replies"])
-        ]
+        replies = [{"step": step, "index": i, **row} for step, k in kept.items() for i, row in enumerate(k["replies"])]
         table = pd.DataFrame([{"step": step, **k["metrics"]} for step, k in kept.items()])
         table.to_parquet(folder / "checkpoints.parquet")
         pd.DataFrame(replies).to_parquet(folder / "replies.parquet")

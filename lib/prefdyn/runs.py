@@ -152,9 +152,7 @@ class RunStore:
             if problem:
                 aside = self.root / f"{key}.damaged-{time.time_ns()}"
                 folder.rename(aside)
-                self.say(
-                    f"run {key} is damaged: {problem}; set aside as {aside.name}, will be computed again"
-                )
+                self.say(f"run {key} is damaged: {problem}; set aside as {aside.name}, will be computed again")
                 return None
             self._whole.add(key)
         return Run(key, folder)
@@ -222,9 +220,7 @@ class RunStore:
             total = sum(spec.work() for spec in todo.values())
             hidden = None if not os.environ.get("PREFDYN_PROGRESS") else False
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed} spent, {remaining} left"
-            with tqdm(
-                total=total, desc=f"{len(todo)} runs", disable=hidden, leave=False, bar_format=layout
-            ) as bar:
+            with tqdm(total=total, desc=f"{len(todo)} runs", disable=hidden, leave=False, bar_format=layout) as bar:
                 self._compute_all(todo, count, threads, bar)
         return [self.get(spec) for spec in specs]
 
@@ -264,9 +260,7 @@ class RunStore:
                 bar.refresh()
         if errors:
             key, error = errors[0]
-            error.add_note(
-                f"in run {key}; {len(done)} other runs were finished and kept, {len(waiting)} not started"
-            )
+            error.add_note(f"in run {key}; {len(done)} other runs were finished and kept, {len(waiting)} not started")
             raise error
 
     def list(self) -> list[dict]:

@@ -120,9 +120,7 @@ def update(
     return objective.metrics(fixed, batch, index) | {"gradient_norm": norm.item()}
 
 
-def _save_state(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, log: list[dict]
-):
+def _save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, log: list[dict]):
     """Write everything that continuing needs; the JSON file, written last and in one move, makes it valid."""
     tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
@@ -137,9 +135,7 @@ def _save_state(
             old.unlink()
 
 
-def _load_state(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict]]:
+def _load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
     if not (folder / "state.json").exists():
         return 0, []
     state = json.loads((folder / "state.json").read_text())

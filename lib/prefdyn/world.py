@@ -75,9 +75,7 @@ _VALUES = {
 }
 _CLAUSES = {topic: re.compile(rf"{verb} (\w+)$") for topic, (verb, _) in TOPICS.items()}
 _CLAUSE = "|".join(rf"{verb} (?:{'|'.join(_VALUES[topic])})" for topic, (verb, _) in TOPICS.items())
-_OPENING = re.compile(
-    rf"(?:{'|'.join(_GREETING)}) (?:{'|'.join(NAMES)}) , the (?:{'|'.join(ANIMALS)}) (?:{_CLAUSE})"
-)
+_OPENING = re.compile(rf"(?:{'|'.join(_GREETING)}) (?:{'|'.join(NAMES)}) , the (?:{'|'.join(ANIMALS)}) (?:{_CLAUSE})")
 _FOLLOWING = re.compile(rf"it (?:{_CLAUSE})")
 _CLOSING = re.compile("|".join(_SIGN_OFF))
 
@@ -175,7 +173,7 @@ def demonstrate(prompt: Prompt, skill: str, rng: random.Random) -> str:
         other = topic if rng.random() < slip else rng.choice([t for t in TOPICS if t != topic])
         sentences.append(f"it {TOPICS[other][0]} {value(other)}")
     sentences.append(sign_off)
-    words = " . ".join(sentences).split() + ["."]
+    words = [*" . ".join(sentences).split(), "."]
     if rng.random() < slip:
         del words[rng.randrange(len(words))]
     return " ".join(words)
@@ -197,12 +195,7 @@ def axes(prompt: Prompt, reply: str) -> dict[str, float]:
     complete = bool(words) and words[-1] == "."
     sentences = [s.strip() for s in " ".join(words).split(".")]
     sentences = [s for s in sentences if s]
-    claims = [
-        (topic, found.group(1))
-        for s in sentences
-        for topic, rx in _CLAUSES.items()
-        if (found := rx.search(s))
-    ]
+    claims = [(topic, found.group(1)) for s in sentences for topic, rx in _CLAUSES.items() if (found := rx.search(s))]
     asked = [v == true_value(prompt.animal, t) for t, v in claims if t == prompt.topic]
     others = [v == true_value(prompt.animal, t) for t, v in claims if t != prompt.topic]
 
@@ -264,9 +257,7 @@ def demonstrations(prompts: list[Prompt], n: int, seed: int, part: str = "demons
     for prompt in _rounds(prompts, n, rng):
         skill = _draw_skill(rng)
         response = demonstrate(prompt, skill, rng)
-        rows.append(
-            {"prompt": prompt.text, "response": response, "skill": skill, "reward": reward(prompt, response)}
-        )
+        rows.append({"prompt": prompt.text, "response": response, "skill": skill, "reward": reward(prompt, response)})
     return rows
 
 
@@ -295,9 +286,7 @@ def pairs(prompts: list[Prompt], n: int, label_noise: float, seed: int, part: st
         prefers_first = rng.random() < 1 / (1 + math.exp(reward_second - reward_first))
         flipped = rng.random() < label_noise
         better = (first, reward_first), (second, reward_second)
-        (chosen, reward_chosen), (rejected, reward_rejected) = (
-            better if prefers_first != flipped else better[::-1]
-        )
+        (chosen, reward_chosen), (rejected, reward_rejected) = better if prefers_first != flipped else better[::-1]
         rows.append(
             {
                 "prompt": prompt.text,
