@@ -1,5 +1,6 @@
 """A policy: a causal language model and its tokenizer; per-token log-probs, entropy, KL, and decoding."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from .data import Batch
+
+if not sys.stderr.isatty():
+    disable_progress_bar()  # of loading and saving, which fill logs and pages
 
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 REPLY = "<reply>"  # stands between a prompt and its reply

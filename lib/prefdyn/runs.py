@@ -18,7 +18,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 NUMERIC_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 MANIFEST = "manifest.json"
+WORTH_A_PROCESS = 40_000  # sequences; below, starting another process takes longer than it saves
 
 
 def project_root() -> Path:
@@ -215,14 +216,20 @@ class RunStore:
         todo = self._missing(specs)
         if todo:
             cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-            count = max(1, min(workers or cores, len(todo)))
-            threads = max(1, cores // count)
             total = sum(spec.work() for spec in todo.values())
+            count = max(1, min(workers or cores, len(todo), 1 + int(total / WORTH_A_PROCESS)))
+            threads = max(1, cores // count)
             hidden = None if not os.environ.get("PREFDYN_PROGRESS") else False
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed} spent, {remaining} left"
             with tqdm(total=total, desc=f"{len(todo)} runs", disable=hidden, leave=False, bar_format=layout) as bar:
                 self._compute_all(todo, count, threads, bar)
         return [self.get(spec) for spec in specs]
+
+    def gather(self, specs: Mapping[int, BaseModel], name: str) -> pd.DataFrame:
+        """One table of several runs, {seed: spec}, under each other, with the column `seed`."""
+        return pd.concat(
+            [self.get(spec).frame(name).assign(seed=seed) for seed, spec in specs.items()], ignore_index=True
+        )
 
     def _missing(self, specs: list[BaseModel]) -> dict[str, BaseModel]:
         todo: dict[str, BaseModel] = {}
@@ -238,7 +245,11 @@ class RunStore:
         return todo
 
     def _compute_all(self, todo: dict[str, BaseModel], count: int, threads: int, bar: tqdm) -> None:
-        """Compute runs in `count` processes, each as soon as its parents are there."""
+        """Compute runs in `count` processes (here, if it is one), each as soon as its parents are there."""
+        if count == 1:
+            for spec in todo.values():  # parents come first
+                self.get(spec, bar.update)
+            return
         needs = {key: {self.key(p) for p in spec.parents()} & todo.keys() for key, spec in todo.items()}
         context = multiprocessing.get_context("spawn")
         done_work = context.Value("d", 0.0)

@@ -33,6 +33,11 @@ class Estimate:
         return self.low > 0
 
 
+def direction(change: Estimate) -> str:
+    """A change in words: "rises" or "falls" if its interval excludes 0, else "does not clearly change"."""
+    return "rises" if change.low > 0 else "falls" if change.high < 0 else "does not clearly change"
+
+
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     """Mean of independent values (one a seed) with Student's t interval; no interval from fewer than two.
 
