@@ -91,6 +91,7 @@ def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) ->
             parameters=given,
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of TCP, which stays on this machine
             stderr_file=sys.stderr if terminal else None,
         )
     except papermill.PapermillExecutionError as error:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,8 +56,13 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
 
 
 def _siblings(tree: ast.AST) -> set[str]:
-    """Names of the modules of the same package that a module imports: `from . import a`, `from .b import c`."""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+    """Names of the modules of the same package that a module imports: `from . import a`, `from .b import c`.
+
+    Imports under `if TYPE_CHECKING:` do not count: nothing runs through them.
+    """
+    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    typing_only = {id(n) for guard in guards for statement in guard.body for n in ast.walk(statement)}
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and id(n) not in typing_only]
     return {n.module for n in nodes if n.module} | {a.name for n in nodes if not n.module for a in n.names}
 
 
@@ -246,33 +251,37 @@ class RunStore:
 
     def _compute_all(self, todo: dict[str, BaseModel], count: int, threads: int, bar: tqdm) -> None:
         """Compute runs in `count` processes (here, if it is one), each as soon as its parents are there."""
-        if count == 1:
-            for spec in todo.values():  # parents come first
-                self.get(spec, bar.update)
-            return
         needs = {key: {self.key(p) for p in spec.parents()} & todo.keys() for key, spec in todo.items()}
-        context = multiprocessing.get_context("spawn")
-        done_work = context.Value("d", 0.0)
-        waiting, running, done, errors = dict(todo), {}, set(), []
-        with ProcessPoolExecutor(count, context, _start_worker, (threads, done_work, str(self.root))) as pool:
-            while running or any(needs[key] <= done for key in waiting):
-                for key in [k for k in waiting if needs[k] <= done]:
-                    running[pool.submit(_work, waiting.pop(key))] = key
-                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    key = running.pop(future)
-                    if future.exception():
-                        errors.append((key, future.exception()))
-                    else:
-                        done.add(key)
-                        for line in future.result():
-                            self.say(line)
-                bar.n = min(done_work.value, bar.total)
-                bar.refresh()
+        waiting, done, errors = dict(todo), set(), []
+
+        def ready() -> list[str]:
+            return [key for key in waiting if needs[key] <= done]
+
+        def settle(key: str, outcome: Callable[[], Any]) -> None:
+            try:
+                outcome()
+                done.add(key)
+            except Exception as error:
+                error.add_note(f"in run {key}")
+                errors.append(error)
+
+        if count == 1:
+            while keys := ready():
+                settle(keys[0], functools.partial(self.get, waiting.pop(keys[0]), bar.update))
+        else:
+            context = multiprocessing.get_context("spawn")
+            done_work = context.Value("d", 0.0)
+            running: dict[Future, str] = {}
+            with ProcessPoolExecutor(count, context, _start_worker, (threads, done_work, str(self.root))) as pool:
+                while running or ready():
+                    running |= {pool.submit(_work, waiting.pop(key)): key for key in ready()}
+                    for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                        settle(running.pop(future), lambda future=future: [self.say(line) for line in future.result()])
+                    bar.n = min(done_work.value, bar.total)
+                    bar.refresh()
         if errors:
-            key, error = errors[0]
-            error.add_note(f"in run {key}; {len(done)} other runs were finished and kept, {len(waiting)} not started")
-            raise error
+            errors[0].add_note(f"{len(done)} other runs are finished and kept; {len(waiting)} were not started")
+            raise errors[0]
 
     def list(self) -> list[dict]:
         """One dict for each finished run: key, kind, seconds, finished, megabytes; the oldest first."""
