@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import json
+import string
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,17 +39,16 @@ def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
 
 
 def say(text: str, **values: Any) -> None:
-    """Display Markdown in which {name} stands for a computed value; the values are kept for other pages.
+    """Display Markdown in which {name} stands for a computed value; the values are kept for other pages as shown here.
 
     A value is a number, an `Estimate` or a text; formats are those of `str.format`, e.g. {gain:+.1f}.
     """
+    formats = {name: spec for _, name, spec, _ in string.Formatter().parse(text) if name}
     kept = {}
     for name, value in values.items():
         number = getattr(value, "mean", value)
-        kept[name] = {
-            "value": number if isinstance(number, int | float | str) else str(number),
-            "text": str(value),
-        }
+        plain = number if isinstance(number, int | float | str) else str(number)
+        kept[name] = {"value": plain, "text": format(value, formats.get(name, ""))}
     shown = text.format(**values)
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
 

@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -321,7 +322,14 @@ class RunStore:
 _worker: dict[str, Any] = {}
 
 
+def _end_with_parent() -> None:
+    """Stop when the process that wanted the results is gone; what was interrupted is continued next time."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _start_worker(threads: int, done_work, root: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _worker.update(done_work=done_work, root=root)
 
