@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -107,6 +108,7 @@ def _parse_pair(line: str) -> dict:
     empty = [key for key, text in pair.items() if not text.strip()]
     if empty:
         raise ValueError(f"{empty[0]!r} is empty")
+    "".join(pair.values()).encode()  # raises where an escaped half of a character pair stands alone
     if pair["chosen"] == pair["rejected"]:
         raise ValueError("'chosen' and 'rejected' are the same text")
     return pair
@@ -124,7 +126,7 @@ def read_pairs(path: str | Path) -> tuple[list[dict], list[str]]:
         raise DataError(f"dataset={str(path)!r}: must be 'world' or the path of a .jsonl or .jsonl.gz file")
     if not path.is_file():
         raise DataError(f"dataset={str(path)!r}: no such file (the path is relative to {Path.cwd().name!r})")
-    pairs, problems = [], []
+    pairs, problems, number = [], [], 0
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as lines:
@@ -134,8 +136,10 @@ def read_pairs(path: str | Path) -> tuple[list[dict], list[str]]:
                         pairs.append(_parse_pair(raw.decode("utf-8")))
                 except ValueError as error:  # includes JSON and UTF-8 errors
                     problems.append(f"line {number}: {error}")
-    except (OSError, EOFError) as error:
-        problems.append(f"after line {len(pairs) + len(problems)}: {error}")
+                except RecursionError:
+                    problems.append(f"line {number}: nested too deeply")
+    except (OSError, EOFError, zlib.error) as error:
+        problems.append(f"after line {number}: {error}")
     if not pairs:
         raise DataError(f"dataset={str(path)!r}: no usable pair; " + "; ".join(problems[:3] or ["the file is empty"]))
     return pairs, problems
