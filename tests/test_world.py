@@ -1,0 +1,267 @@
+"""The controlled world: the same everywhere, graded as by hand, labelled as it says."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from prefdyn import world
+from prefdyn.world import Prompt
+
+FOX = Prompt("warm", "short", "ann", "home", "fox")
+BEAR = Prompt("formal", "long", "ben", "food", "bear")
+DIGEST = """
+import hashlib, json
+from prefdyn import world
+split = world.split_prompts(7)
+rows = world.demonstrations(split["train"], 300, 7), world.pairs(split["train"], 300, 0.2, 7)
+print(hashlib.sha256(json.dumps([split, *rows, world.vocabulary()]).encode()).hexdigest())
+"""
+KNOWN = "180acf30d1b26a7b901e4e493e48dbd0923c7ee95b7bcc3169fb7ad7a4c17335"
+
+
+@pytest.fixture(scope="module")
+def train() -> list[Prompt]:
+    return world.split_prompts(0)["train"]
+
+
+@pytest.fixture(scope="module")
+def noisy(train) -> list[dict]:
+    return world.pairs(train, 12_000, 0.2, seed=1)
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "4242"])
+def test_one_seed_gives_one_world_in_any_process(hash_seed):
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    made = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == KNOWN
+
+
+def test_first_rows_are_these_forever(train):
+    assert [p.text for p in train[:2]] == [
+        "write a warm short note to gus about the home of the fox",
+        "write a formal short note to ann about the sound of the bee",
+    ]
+    assert world.demonstrations(train, 2, seed=0) == [
+        {
+            "prompt": "write a formal long note to finn about the home of the bear",
+            "response": "dear , the bear lives in the cave . with love .",
+            "skill": "novice",
+            "reward": 2.5,
+        },
+        {
+            "prompt": "write a playful long note to ann about the colour of the whale",
+            "response": "dear ann , the whale is black . with love .",
+            "skill": "ordinary",
+            "reward": 0.0,
+        },
+    ]
+    assert world.pairs(train, 1, 0.2, seed=0) == [
+        {
+            "prompt": "write a formal short note to hana about the home of the crab",
+            "chosen": "dear cleo , the crab lives in the sea . with love .",
+            "rejected": "esteemed hana , the crab lives in the reef . yours sincerely .",
+            "reward_chosen": -1.0,
+            "reward_rejected": 7.0,
+            "flipped": True,
+        }
+    ]
+
+
+def test_seeds_and_parts_are_independent_streams(train):
+    made = [
+        json.dumps(world.pairs(train, 20, 0.2, seed=seed, part=part)) for seed in (0, 1) for part in ("pairs", "check")
+    ]
+    assert len(set(made)) == 4
+
+
+def test_splits_are_disjoint_and_held_out_prompts_are_new_combinations_of_known_words():
+    split = world.split_prompts(3, validation=100, held_out=200)
+    assert [len(split[name]) for name in ("validation", "held_out", "train")] == [100, 200, 1536 - 300]
+    assert sorted(p for part in split.values() for p in part) == sorted(world.all_prompts())
+    assert not set(split["held_out"]) & set(split["train"])
+    seen = {word for p in split["train"] for word in p.text.split()}
+    assert {word for p in split["held_out"] for word in p.text.split()} <= seen
+    assert {(p.animal, p.topic) for p in split["held_out"]} <= {(p.animal, p.topic) for p in split["train"]}
+
+
+def scores(**changed: float) -> dict[str, float]:
+    """The axes of a perfect reply, but for some."""
+    perfect = dict(fact=1, support=0, entity=1, tone=1, addressee=1, length=1, repetition=0, grammar=1)
+    return perfect | changed
+
+
+# (prompt, reply, its axes, its reward): reward = 2 fact + all other axes
+WORKED = {
+    # 2 + 0 + 1 + 1 + 1 + 1 + 0 + 1 = 7
+    "perfect": (FOX, "dear ann , the fox lives in the den . with love .", scores(), 7.0),
+    # the one statement about the home is wrong: 7 - 2 * 2
+    "misconception": (FOX, "dear ann , the fox lives in the barn . with love .", scores(fact=-1), 3.0),
+    "wrong name": (FOX, "dear ben , the fox lives in the den . with love .", scores(addressee=-1), 5.0),
+    "other animal": (FOX, "dear ann , the owl lives in the den . with love .", scores(entity=-1), 5.0),
+    "other tone": (FOX, "hey ann , the fox lives in the den . see you soon .", scores(tone=-1), 5.0),
+    # greeting right (+1/2), sign-off wrong (-1/2)
+    "mixed tone": (FOX, "dear ann , the fox lives in the den . yours sincerely .", scores(tone=0), 6.0),
+    # one fact too many, and three runs of three words twice: "lives in the", "in the den", "the den ."
+    "repeated sentence": (
+        FOX,
+        "dear ann , the fox lives in the den . it lives in the den . with love .",
+        scores(length=0, repetition=-1),
+        5.0,
+    ),
+    # two statements about the home, one right and one wrong: 2 * 1/2 - 1 = 0; "lives in the" occurs twice: -1/3
+    "contradiction": (
+        FOX,
+        "dear ann , the fox lives in the den . it lives in the barn . with love .",
+        scores(fact=0, length=0, repetition=-1 / 3),
+        0 + 1 + 1 + 1 + 0 - 1 / 3 + 1,
+    ),
+    # the last of two sentences is not finished
+    "no final full stop": (FOX, "dear ann , the fox lives in the den . with love", scores(grammar=0.5), 6.5),
+    # no fact, no animal, one of two sentences in form: 1 (tone) + 1 (addressee) + 0.5
+    "no fact": (FOX, "dear ann . with love .", scores(fact=0, entity=0, length=0, grammar=0.5), 2.5),
+    # two people named; "with love ben" is no sign-off, so half the tone and half the grammar
+    "two names": (
+        FOX,
+        "dear ann , the fox lives in the den . with love ben .",
+        scores(addressee=-1, tone=0.5, grammar=0.5),
+        2 + 1 + 0.5 - 1 + 1 + 0.5,
+    ),
+    # nothing said: no points but no offence; 1 - |0 - 1| = 0
+    "empty": (FOX, "", scores(fact=0, entity=0, tone=0, addressee=0, length=0, grammar=0), 0.0),
+    # "den den den" occurs twice: one repetition, a third of a point
+    "garbage": (
+        FOX,
+        "den den den den",
+        scores(fact=0, entity=0, tone=0, addressee=0, length=0, repetition=-1 / 3, grammar=0),
+        -1 / 3,
+    ),
+    "perfect long": (
+        BEAR,
+        "esteemed ben , the bear eats salmon . it lives in the cave . yours sincerely .",
+        scores(),
+        7,
+    ),
+    # the supporting statement is wrong: its share of false ones is 1
+    "false support": (
+        BEAR,
+        "esteemed ben , the bear eats salmon . it lives in the den . yours sincerely .",
+        scores(support=-1),
+        6.0,
+    ),
+    "too short": (BEAR, "esteemed ben , the bear eats salmon . yours sincerely .", scores(length=0), 6.0),
+    # five facts where one was asked: 1 - 4, at least -1. The four others are right. Three runs of three words are
+    # repeated ("it is red", "is red .", ". it is"): -1
+    "too long": (
+        FOX,
+        "dear ann , the fox lives in the den . it is red . it eats berries . it makes a bark . it is red . with love .",
+        scores(length=-1, repetition=-1),
+        2 + 1 + 1 + 1 - 1 - 1 + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORKED)
+def test_axes_and_reward_as_worked_by_hand(case):
+    prompt, reply, expected, points = WORKED[case]
+    assert world.axes(prompt, reply) == pytest.approx(expected)
+    assert world.reward(prompt, reply) == pytest.approx(points)
+
+
+def test_seven_is_the_most_and_only_perfect_replies_reach_it(noisy):
+    rewards = [row[key] for row in noisy for key in ("reward_chosen", "reward_rejected")]
+    assert max(rewards) == 7.0
+    assert min(rewards) >= -2 - 1 - 1 - 1 - 1 - 1 - 1
+
+
+def test_recorded_rewards_are_those_of_the_texts(noisy):
+    for row in noisy[:200]:
+        prompt = world.parse_prompt(row["prompt"])
+        assert row["reward_chosen"] == world.reward(prompt, row["chosen"])
+        assert row["reward_rejected"] == world.reward(prompt, row["rejected"])
+        assert row["chosen"] != row["rejected"]
+
+
+def test_labels_follow_bradley_terry(noisy):
+    """Before noise, the better of a pair is preferred with probability sigmoid(difference), at every difference.
+
+    Given the pairs, the number of preferred better ones is a sum of independent draws, so its distance from the
+    expected number in units of its standard deviation is nearly standard normal: beyond 4 once in 16,000 times.
+    """
+    bins: dict[int, list[tuple[int, float]]] = {}
+    for row in noisy:
+        difference = row["reward_chosen"] - row["reward_rejected"]
+        if difference == 0:
+            continue  # which one is better is not defined
+        better_preferred = (difference > 0) != row["flipped"]
+        p = 1 / (1 + math.exp(-abs(difference)))
+        bins.setdefault(min(int(abs(difference)), 5), []).append((better_preferred, p))
+    assert sorted(bins) == [0, 1, 2, 3, 4, 5]
+    for found in bins.values():
+        expected = sum(p for _, p in found)
+        deviation = math.sqrt(sum(p * (1 - p) for _, p in found))
+        assert abs(sum(better for better, _ in found) - expected) < 4 * deviation
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2, 0.5])
+def test_label_noise_has_the_rate_that_was_asked_for(train, noise):
+    flips = [row["flipped"] for row in world.pairs(train, 4_000, noise, seed=5)]
+    assert abs(sum(flips) - 4_000 * noise) <= 4 * math.sqrt(4_000 * noise * (1 - noise))
+
+
+def test_noise_turns_labels_round_and_changes_nothing_else(train):
+    """The streams of two noise levels agree: the same texts, in the other order exactly where the flips differ."""
+    clean, noisy = world.pairs(train, 300, 0.0, seed=2), world.pairs(train, 300, 0.5, seed=2)
+    assert any(row["flipped"] for row in noisy)
+    for before, after in zip(clean, noisy, strict=True):
+        kept = (before["chosen"], before["rejected"])
+        assert (after["chosen"], after["rejected"]) == (kept[::-1] if after["flipped"] else kept)
+
+
+@pytest.mark.parametrize("skill", world.SKILLS)
+def test_every_demonstrated_word_is_in_the_vocabulary(skill):
+    rng, known = random.Random("words"), set(world.vocabulary())
+    for prompt in world.all_prompts():
+        assert set(prompt.text.split()) | set(world.demonstrate(prompt, skill, rng).split()) <= known
+
+
+def test_skill_pays():
+    rng, means = random.Random("skill"), []
+    for skill in ("novice", "ordinary", "expert"):
+        rewards = [world.reward(p, world.demonstrate(p, skill, rng)) for p in world.all_prompts()]
+        means.append(sum(rewards) / len(rewards))
+    assert means == sorted(means) and means[2] - means[0] > 2
+
+
+def test_prompts_round_trip_through_their_text():
+    assert all(world.parse_prompt(p.text) == p for p in world.all_prompts())
+    assert len({p.text for p in world.all_prompts()}) == 3 * 2 * 8 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    "text", ["", "write a warm short note to zoe about the home of the fox", "hello", FOX.text + " !"]
+)
+def test_other_texts_are_not_prompts(text):
+    with pytest.raises(ValueError, match="not an instruction"):
+        world.parse_prompt(text)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: world.split_prompts(0, validation=0), "validation=0"),
+        (lambda: world.split_prompts(0, held_out=0), "held_out=0"),
+        (lambda: world.split_prompts(0, held_out=1536), "held_out=1536"),
+        (lambda: world.split_prompts(0, validation=30, held_out=1500), "held_out=1500"),
+        (lambda: world.demonstrations([FOX], 0, seed=0), "demonstrations=0"),
+        (lambda: world.pairs([FOX], 0, 0.2, seed=0), "pairs=0"),
+        (lambda: world.pairs([FOX], 1, 0.6, seed=0), "label_noise=0.6"),
+        (lambda: world.pairs([FOX], 1, -0.1, seed=0), "label_noise=-0.1"),
+    ],
+)
+def test_impossible_settings_are_named(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
