@@ -65,9 +65,10 @@ def dpo_loss(margin: torch.Tensor, beta: float) -> torch.Tensor:
 def dpo_omega(margin: torch.Tensor, beta: float) -> torch.Tensor:
     """The loss reweighting sigmoid(-beta * margin), [B]: near 1 where the pair is ordered wrongly.
 
+    At least 1e-30, since weights are divided by it where a control takes it out.
     See Rafailov et al. 2023, the gradient in section 4, and arXiv 2512.00778.
     """
-    return torch.sigmoid(-beta * margin)
+    return torch.sigmoid(-beta * margin).clamp(min=1e-30)
 
 
 def dpo_weights(response: torch.Tensor, omega: torch.Tensor, beta: float) -> TokenWeights:
