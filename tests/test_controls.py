@@ -1,0 +1,111 @@
+"""Controls: parts that sum to the whole, by hand and on random weights."""
+
+import pytest
+import torch
+from prefdyn import controls, objectives
+from prefdyn.objectives import TokenWeights
+
+# Three pairs of one-token responses, chosen rows first. Omegas 0.2, 0.9, 0.4; beta 1: w = +-omega / 3.
+OMEGA = torch.tensor([0.2, 0.9, 0.4])
+RESPONSE = torch.tensor([[False, True]] * 6)
+PAIRS = objectives.dpo_weights(RESPONSE, OMEGA, beta=1.0)
+
+
+def column(control: str) -> list[float]:
+    """Weights of the six responses, times 3."""
+    w = controls.apply(control, PAIRS)
+    assert (w[:, 0] == 0).all()
+    return (3 * w[:, 1]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ("full", [0.2, 0.9, 0.4, -0.2, -0.9, -0.4]),
+        ("positive", [0.2, 0.9, 0.4, 0, 0, 0]),
+        ("negative", [0, 0, 0, -0.2, -0.9, -0.4]),
+        ("uniform", [0.5, 0.5, 0.5, -0.5, -0.5, -0.5]),  # (0.2 + 0.9 + 0.4) / 3
+        ("top", [0, 0.9, 0, 0, -0.9, 0]),
+        ("middle", [0, 0, 0.4, 0, 0, -0.4]),
+        ("bottom", [0.2, 0, 0, -0.2, 0, 0]),
+    ],
+)
+def test_by_hand(control, expected):
+    assert column(control) == pytest.approx(expected)
+
+
+def test_every_control_is_tested_by_hand():
+    assert set(controls.CONTROLS) == {"full", "positive", "negative", "uniform", "top", "middle", "bottom"}
+
+
+@pytest.fixture
+def weights() -> TokenWeights:
+    rng = torch.Generator().manual_seed(0)
+    response = torch.rand(22, 7, generator=rng) < 0.6
+    return objectives.dpo_weights(response, torch.rand(11, generator=rng), beta=0.1)
+
+
+@pytest.mark.parametrize("parts", [("positive", "negative"), ("top", "middle", "bottom")])
+def test_parts_sum_to_the_whole_and_do_not_overlap(weights, parts):
+    applied = torch.stack([controls.apply(part, weights) for part in parts])
+    assert torch.equal(applied.sum(0), weights.w)
+    assert ((applied != 0).sum(0) <= 1).all()
+    assert ((applied != 0).flatten(1).sum(1) > 0).all()
+
+
+def test_uniform_keeps_the_mean_strength_and_the_signs(weights):
+    w = controls.apply("uniform", weights)
+    inside = weights.unit >= 0
+    assert torch.allclose(w[inside].abs(), weights.strength.mean() * 0.1 / 11)
+    assert torch.equal(w.sign(), weights.w.sign())
+
+
+@pytest.mark.parametrize(
+    ("units", "sizes"), [(3, [1, 1, 1]), (6, [2, 2, 2]), (7, [3, 2, 2]), (8, [3, 3, 2]), (2, [1, 1, 0])]
+)
+def test_thirds_have_equal_sizes_and_follow_the_strength(units, sizes):
+    strength = torch.rand(units, generator=torch.Generator().manual_seed(1))
+    group = controls.thirds(strength)
+    assert torch.bincount(group, minlength=3).tolist() == sizes
+    assert group[strength.argsort()].tolist() == sorted(group.tolist())
+
+
+@pytest.mark.parametrize("strength", [[0.5, 0.5, 0.5], [0.5, 0.5 + 1e-6, 0.5 - 1e-6], [0.7]])
+def test_there_are_no_thirds_of_ties(strength):
+    """Equal but for float32 noise: an order would be made up."""
+    strength = torch.tensor(strength)
+    assert (controls.thirds(strength) == -1).all()
+    response = torch.tensor([[False, True]] * 2 * len(strength))
+    weights = objectives.dpo_weights(response, strength, beta=1.0)
+    for control in controls.THIRDS:
+        w = controls.apply(control, weights)
+        assert w[response].isnan().all() and (w[~response] == 0).all()
+        assert torch.equal(controls.apply_in_training(control, weights), weights.w)
+
+
+def test_small_but_real_differences_are_no_ties():
+    assert controls.thirds(torch.tensor([0.5, 0.5001, 0.4999])).tolist() == [1, 2, 0]
+
+
+def test_training_uses_the_control_where_it_is_defined(weights):
+    for control in controls.CONTROLS:
+        assert torch.equal(controls.apply_in_training(control, weights), controls.apply(control, weights))
+
+
+def test_uniform_holds_pairs_that_dpo_has_long_forgotten():
+    """Margins of 0 and 2,000 nats at beta 0.1: omega 1/2 and, to float32, nothing; uniform gives both 1/4."""
+    omega = objectives.dpo_omega(torch.tensor([0.0, 2_000.0]), beta=0.1)
+    weights = objectives.dpo_weights(torch.tensor([[False, True]] * 4), omega, beta=0.1)
+    w = controls.apply("uniform", weights)
+    assert (w[:, 1] * 2 / 0.1).tolist() == pytest.approx([0.25, 0.25, -0.25, -0.25])
+
+
+def test_unknown_controls_list_the_known_ones():
+    with pytest.raises(ValueError, match=r"control='best': must be one of full, positive, .*bottom"):
+        controls.apply("best", PAIRS)
+
+
+@pytest.mark.parametrize("strength", [torch.zeros(0), torch.zeros(2, 2)])
+def test_thirds_need_a_list_of_units(strength):
+    with pytest.raises(ValueError, match="at least one unit"):
+        controls.thirds(strength)

@@ -1,0 +1,230 @@
+"""A policy: saved and loaded without loss, scored as by a plain loop, decoded as by the library it comes from."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prefdyn import data, policy, world
+from prefdyn.data import pad
+from scipy import stats
+from toys.models import ARCHITECTURES, Table, build, random_batch, tiny_policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+TEXTS = ["Hello, wörld! 你好 🙂", "two\n\nlines and  spaces ", "dear ann , the fox lives in the den ."]
+
+
+@pytest.fixture(params=["words", "byte pairs"])
+def tokenizer(request):
+    if request.param == "words":
+        return policy.word_tokenizer(world.vocabulary())
+    return policy.bpe_tokenizer(["the fox lives in the den ."] * 9, 320)
+
+
+def test_tokenizers_survive_saving(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(loaded) == len(tokenizer)
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert loaded(text)["input_ids"] == ids
+        assert loaded.decode(ids) == tokenizer.decode(ids)
+        assert data.prompt_ids(loaded, text, 99) == data.prompt_ids(tokenizer, text, 99)
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+def test_byte_pairs_lose_nothing():
+    tokenizer = policy.bpe_tokenizer(["the fox lives in the den ."] * 9, 320)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_every_word_of_the_world_is_one_token_and_comes_back():
+    tokenizer = policy.word_tokenizer(world.vocabulary())
+    reply = "dear ann , the fox lives in the den . with love ."
+    ids = data.response_ids(tokenizer, reply, 99)
+    assert len(ids) == len(reply.split()) + 1 and tokenizer.unk_token_id not in ids
+    assert policy.decode(tokenizer, [ids]) == [reply]
+
+
+def test_policies_survive_saving(tmp_path, policy_and_tokenizer):
+    model, tokenizer = policy_and_tokenizer
+    policy.save(model, tokenizer, tmp_path)
+    loaded, loaded_tokenizer = policy.load(str(tmp_path))
+    ids = torch.tensor([loaded_tokenizer("dear ann , the fox")["input_ids"]])
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(loaded(ids).logits, logits)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, logits)
+    assert not loaded.training
+
+
+def test_seeds_make_models_and_leave_the_global_generator_alone():
+    before = torch.get_rng_state()
+    one, same, other = (tiny_policy(seed)[0].state_dict() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_width_must_suit_the_heads():
+    with pytest.raises(ValueError, match=r"width=18, heads=2.*multiple"):
+        tiny_policy(width=18)
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error_that_helps(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.*no such folder; allowed"):
+        policy.load(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["empty folder", "no weights", "cut weights", "cut config"])
+def test_a_checkpoint_that_cannot_be_read_is_an_error_that_helps(tmp_path, policy_and_tokenizer, damage):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    if damage != "empty folder":
+        policy.save(*policy_and_tokenizer, folder)
+        weights = folder / "model.safetensors"
+        if damage == "no weights":
+            weights.unlink()
+        elif damage == "cut weights":
+            weights.write_bytes(weights.read_bytes()[:5_000])
+        else:
+            (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"could not be loaded; allowed: 'scratch'"):
+        policy.load(str(folder))
+
+
+def test_a_tokenizer_without_padding_is_given_its_end_of_text(tmp_path, policy_and_tokenizer):
+    policy.save(*policy_and_tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    _, tokenizer = policy.load(str(tmp_path))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+
+
+def test_log_probs_of_a_table_by_hand(double):
+    # row 0 gives probabilities 1/4 and 3/4, row 1 gives 1/2 each; prompt 0, response 1 0: log 3/4 + log 1/2
+    model = Table([[0.0, math.log(3)], [0.0, 0.0]])
+    logps = policy.token_logps(model, pad([[0], [1, 0]], [[1, 0], [0]], 0))
+    expected = [[0, math.log(3 / 4), math.log(1 / 2)], [0, 0, math.log(1 / 4)]]
+    assert torch.allclose(logps, torch.tensor(expected), atol=1e-15)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_changes_nothing_and_a_plain_loop_agrees(architecture, side):
+    model = build(architecture)
+    batch = random_batch(6, side=side)
+    with torch.no_grad():
+        logps = policy.token_logps(model, batch)
+        for row in range(len(batch)):
+            ids = batch.ids[row][batch.attention[row]]  # unpadded
+            answered = int(batch.response[row].sum())
+            table = F.log_softmax(model(ids[None]).logits[0], -1)
+            expected = [table[t - 1, ids[t]] for t in range(len(ids) - answered, len(ids))]
+            assert torch.allclose(logps[row][batch.response[row]], torch.stack(expected), atol=1e-5)
+        assert (logps[~batch.response] == 0).all() and logps.shape == batch.ids.shape
+        totals = policy.sequence_logps(model, batch, size=4)
+    assert torch.allclose(totals, logps.sum(-1), atol=1e-5)
+
+
+def test_log_probs_are_at_least_float32():
+    model = Table([[0.0, 1.0], [0.5, 0.0]]).to(torch.bfloat16)
+    assert policy.token_logps(model, pad([[0]], [[1]], 0)).dtype == torch.float32
+
+
+def greedy_without_cache(model, prompt: list[int], steps: int, eos: int) -> list[int]:
+    """The most probable next token, again and again, each from a whole pass."""
+    ids = list(prompt)
+    for _ in range(steps):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_decoding_with_a_cache(architecture):
+    """It equals whole passes one prompt at a time, and transformers' own generation."""
+    model = build(architecture, seed=3)
+    prompts, limits = [[3], [5, 6, 7, 8], [9, 4]], {"max_response": 7, "eos_id": 1, "pad_id": 0}
+    out = policy.generate(model, prompts, **limits)
+    with torch.no_grad():
+        assert out == [greedy_without_cache(model, p, 7, eos=1) for p in prompts]
+    assert out == [policy.generate(model, [p], **limits)[0] for p in prompts]
+    assert out == policy.generate(model, prompts, size=2, **limits)
+    for prompt, response in zip(prompts, out, strict=True):
+        made = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=7,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        assert made[0, len(prompt) :].tolist() == response
+
+
+def test_a_reply_ends_with_its_end_of_text():
+    """A table that counts up: 2 -> 3 -> 4 -> 1 (the end); what was answered first waits for the others."""
+    successor = {0: 0, 1: 2, 2: 3, 3: 4, 4: 1}
+    model = Table([[9.0 * (successor[x] == y) for y in range(5)] for x in range(5)])
+    limits = {"eos_id": 1, "pad_id": 0}
+    assert policy.generate(model, [[2], [4], [3]], max_response=9, **limits) == [[3, 4, 1], [1], [4, 1]]
+    assert policy.generate(model, [[2], [4]], max_response=2, **limits) == [[3, 4], [1]]
+    # padding with the end of text, as tokenizers without a padding token do
+    assert policy.generate(model, [[2], [4]], max_response=9, eos_id=1, pad_id=1) == [[3, 4, 1], [1]]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_follows_the_softmax_at_its_temperature(temperature):
+    """4,000 draws against softmax(logits / T); a chi-square this large has a probability below 1 in 10,000."""
+    logits = torch.tensor([-9.0, 0.0, 0.5, 1.0, 2.0])
+    model = Table(logits.expand(5, 5).clone())
+    drawn = policy.generate(
+        model, [[2]] * 4_000, max_response=1, eos_id=1, pad_id=0, temperature=temperature, seed=1, size=1_000
+    )
+    seen = torch.bincount(torch.tensor(drawn).flatten(), minlength=5)[1:].double()
+    p = (logits[1:].double() / temperature).softmax(-1)
+    assert seen.sum() > 3_990  # the first token has a probability of at most a thousandth
+    assert stats.chisquare(seen, p * seen.sum()).pvalue > 1e-4
+
+
+def test_sampling_depends_on_the_seed_alone(policy_and_tokenizer):
+    model, _ = policy_and_tokenizer
+    settings = {"max_response": 6, "eos_id": 1, "pad_id": 0, "temperature": 1.0}
+    prompts = [[5, 6], [7]] * 5
+    one = policy.generate(model, prompts, seed=0, **settings)
+    torch.manual_seed(99)
+    assert policy.generate(model, prompts, seed=0, **settings) == one
+    assert policy.generate(model, prompts, seed=1, **settings) != one
+    with pytest.raises(ValueError, match="temperature=-1"):
+        policy.generate(model, prompts, **settings | {"temperature": -1})
+
+
+def test_entropy_and_kl_by_hand(double):
+    """p = (1/4, 3/4), q = (1/2, 1/2): H = log 4 - 3/4 log 3 and KL = log 2 - H, at each of two tokens."""
+    model, reference = Table([[0.0, math.log(3)]] * 2), Table([[0.0, 0.0]] * 2)
+    entropy, kl = policy.entropy_and_kl(model, reference, pad([[0]], [[1, 0]], 0))
+    by_hand = math.log(4) - 0.75 * math.log(3)
+    assert entropy.item() == pytest.approx(2 * by_hand, abs=1e-6)
+    assert kl.item() == pytest.approx(2 * (math.log(2) - by_hand), abs=1e-6)
+
+
+def test_entropy_and_kl_against_brute_force():
+    model, reference = build("llama", seed=0), build("llama", seed=1)
+    batch = random_batch(7)
+    entropy, kl = policy.entropy_and_kl(model, reference, batch, size=3)
+    with torch.no_grad():
+        for row in range(len(batch)):
+            ids = batch.ids[row][batch.attention[row]]
+            first = (
+                len(ids) - int(batch.response[row].sum()) - 1
+            )  # the position that predicts the response's first token
+            p, q = (F.log_softmax(m(ids[None]).logits[0, first:-1].double(), -1) for m in (model, reference))
+            assert entropy[row].item() == pytest.approx(-(p.exp() * p).sum().item(), abs=1e-4)
+            assert kl[row].item() == pytest.approx(F.kl_div(q, p, log_target=True, reduction="sum").item(), abs=1e-4)
+    assert (kl > 0).all()
+    assert (policy.entropy_and_kl(model, model, batch)[1] == 0).all()
