@@ -44,7 +44,12 @@ class Optimisation:
 
 
 def learning_rate(config: Optimisation, step: int) -> float:
-    """The learning rate of the update that follows `step` updates: linear warm-up, then linear decay or constant."""
+    """The learning rate of the update that follows `step` updates: linear warm-up, then linear decay or constant.
+
+    Raises ValueError for another schedule.
+    """
+    if config.schedule not in ("linear", "constant"):
+        raise ValueError(f"schedule={config.schedule!r}: must be 'linear' or 'constant'")
     warm = round(config.warmup * config.steps)
     if step < warm:
         return config.lr * (step + 1) / warm
