@@ -85,6 +85,7 @@ def build(architecture: str, seed: int = 0) -> PreTrainedModel:
                 parameter.mul_(8.0)
             elif "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        model.get_input_embeddings().weight.mul_(8.0)  # of about unit length, as those of trained models
     return model
 
 

@@ -1,0 +1,243 @@
+"""The trainer: the same step as autograd's, the same run when it was interrupted, schedules as worked by hand."""
+
+import functools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from prefdyn import train
+from prefdyn.objectives import DPO, SFT
+from prefdyn.policy import sequence_logps, token_logps
+from prefdyn.train import Optimisation
+from toys.models import build, random_batch
+
+CONFIG = Optimisation(steps=12, batch_size=4, lr=1e-2, seed=3)
+
+
+def dpo() -> DPO:
+    """Ten pairs, and as reference a model that is not trained here."""
+    chosen, rejected, reference = random_batch(10, seed=1), random_batch(10, seed=2), build("gpt_neox", seed=9)
+    return DPO(chosen, rejected, *(sequence_logps(reference, b) for b in (chosen, rejected)), beta=0.3)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], bound: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).abs().max() <= bound, name
+
+
+def fit(model, objective, config, **more):
+    """`train.fit` without checkpoints unless they are asked for."""
+    return train.fit(model, objective, config, **{"at": [], "on_checkpoint": lambda step: None} | more)
+
+
+class Crash(Exception):
+    """What stops a run in the middle."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("control", ["full", "top"])
+def test_an_interrupted_run_continues_bit_by_bit(tmp_path, optimizer, control):
+    """Stopped twice, each time with fresh objects afterwards: same weights, log and checkpoints as in one go."""
+    config, at = replace(CONFIG, optimizer=optimizer), [0, 2, 5, 9, 12]
+    model = build("gpt_neox")
+    whole: dict[int, dict] = {}
+    log = fit(
+        model, dpo(), config, control=control, at=at, on_checkpoint=lambda s: whole.update({s: weights_of(model)})
+    )
+    assert sorted(whole) == at
+    seen: dict[int, dict] = {}
+    for crash_at in (5, 9, None):
+        again = build("gpt_neox")
+
+        def on_checkpoint(step, again=again, crash_at=crash_at):
+            if step == crash_at:
+                raise Crash
+            seen[step] = weights_of(again)
+
+        ticks: list[None] = []
+        tick = functools.partial(ticks.append, None)
+        settings = {"at": at, "on_checkpoint": on_checkpoint, "state": tmp_path, "tick": tick}
+        if crash_at:
+            with pytest.raises(Crash):
+                fit(again, dpo(), config, control=control, **settings)
+        else:
+            resumed = fit(again, dpo(), config, control=control, **settings)
+            assert len(ticks) == config.steps  # the bar reaches its end
+    assert resumed == log and len(log) == config.steps
+    assert sorted(seen) == at
+    for step in at:
+        assert_equal_weights(seen[step], whole[step])
+    assert_equal_weights(weights_of(again), weights_of(model))
+
+
+def test_state_is_left_at_checkpoints_and_only_the_last_is_kept(tmp_path):
+    fit(build("gpt_neox"), dpo(), CONFIG, at=[0, 6, 12], state=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state-12.safetensors", "state.json"]
+    calls, model = [], build("gpt_neox", seed=5)
+    log = fit(model, dpo(), CONFIG, at=[0, 6, 12], on_checkpoint=calls.append, state=tmp_path)
+    assert calls == [] and [row["step"] for row in log] == list(range(12))  # it was finished
+
+
+def test_half_written_state_is_not_read(tmp_path):
+    """What a crash leaves before the last move, a tensor file without its JSON, is ignored and cleared away."""
+    (tmp_path / "state-6.safetensors").write_bytes(b"half")
+    (tmp_path / "state.json.new").write_text("{")
+    calls: list[int] = []
+    fit(build("gpt_neox"), dpo(), CONFIG, at=[0, 12], on_checkpoint=calls.append, state=tmp_path)
+    assert calls == [0, 12]
+    assert not (tmp_path / "state-6.safetensors").exists()
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_micro_batches_make_the_same_step(double, objective, micro_batch):
+    """Weights of the whole batch, gradient in parts: DPO's pairs are split between parts, and nothing changes."""
+
+    def trained(micro: int):
+        model = build("gpt_neox")
+        made = dpo() if objective == "dpo" else SFT(random_batch(10))
+        log = fit(model, made, replace(CONFIG, steps=3, micro_batch=micro, optimizer="sgd"), control="positive")
+        return weights_of(model), log
+
+    (whole, log), (parts, part_log) = trained(0), trained(micro_batch)
+    # transformers' softmax rounds to float32, but the same numbers whatever the part
+    assert_equal_weights(whole, parts, bound=1e-10)
+    assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in part_log], abs=1e-10)
+    assert [row["gradient_norm"] for row in log] == pytest.approx([r["gradient_norm"] for r in part_log], abs=1e-8)
+
+
+def test_a_step_of_sgd_goes_down_the_gradient_of_the_published_loss(double):
+    """theta - lr * grad of mean -log sigmoid(beta * margin), on the examples of that step, without clipping."""
+    config = Optimisation(steps=1, batch_size=4, lr=0.05, optimizer="sgd", warmup=0.0, clip=0.0, seed=1)
+    model, objective = build("gpt_neox"), dpo()
+    expected = build("gpt_neox")
+    index = train.example_order(10, 0, config)
+    logps = token_logps(expected, objective.batch(index)).sum(-1)
+    margin = logps[:4] - logps[4:] - (objective.reference[0][index] - objective.reference[1][index])
+    loss = torch.log1p(torch.exp(-0.3 * margin)).mean()
+    loss.backward()
+    gradient_norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in expected.parameters()))
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= 0.05 * parameter.grad
+    (row,) = fit(model, objective, config)
+    assert_equal_weights(weights_of(model), weights_of(expected), bound=1e-12)
+    assert row == {
+        "step": 0,
+        "loss": pytest.approx(loss.item()),
+        "margin": pytest.approx(margin.mean().item()),
+        "accuracy": pytest.approx((margin > 0).double().mean().item()),
+        "logp_chosen": pytest.approx(logps[:4].mean().item()),
+        "logp_rejected": pytest.approx(logps[4:].mean().item()),
+        "gradient_norm": pytest.approx(gradient_norm),
+        "lr": 0.05,
+    }
+
+
+def test_clipping_shortens_the_step_to_the_given_norm(double):
+    """With a bound far below the gradient's norm, a step of SGD is lr * bound long."""
+    model = build("gpt_neox")
+    before = weights_of(model)
+    config = Optimisation(steps=1, batch_size=4, lr=0.5, optimizer="sgd", warmup=0.0, clip=1e-3)
+    (row,) = fit(model, dpo(), config)
+    after = weights_of(model)
+    length = math.sqrt(sum((after[name] - before[name]).pow(2).sum().item() for name in after))
+    assert row["gradient_norm"] > 0.01
+    assert length == pytest.approx(0.5 * 1e-3, rel=1e-3)
+
+
+def test_controls_and_objectives_are_learnt_from():
+    """SFT lowers the loss that it trains on; DPO's positive learning raises the chosen responses."""
+    for objective, control in ((SFT(random_batch(10)), "full"), (dpo(), "full"), (dpo(), "positive")):
+        log = fit(build("gpt_neox"), objective, replace(CONFIG, steps=25, batch_size=10), control=control)
+        assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+        if control == "positive":
+            assert log[-1]["logp_chosen"] > log[0]["logp_chosen"] + 1
+
+
+def test_learning_rates_by_hand():
+    """Ten steps, a fifth of warm-up: 1/2, 2/2, then from 8/8 down by eighths; the step after the last would be 0."""
+    config = Optimisation(steps=10, batch_size=1, lr=1.0, warmup=0.2)
+    rates = [train.learning_rate(config, step) for step in range(11)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+    constant = replace(config, schedule="constant")
+    assert [train.learning_rate(constant, step) for step in range(10)] == [0.5] + [1.0] * 9
+    no_warmup = replace(config, warmup=0.0, steps=2)
+    assert [train.learning_rate(no_warmup, step) for step in range(2)] == [1.0, 0.5]
+
+
+def test_the_log_says_which_learning_rate_was_used():
+    log = fit(build("gpt_neox"), dpo(), CONFIG)
+    assert [row["lr"] for row in log] == [train.learning_rate(CONFIG, step) for step in range(12)]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (10, 10), (7, 3), (5, 1), (4, 4)])
+def test_every_epoch_sees_every_example_once(size, batch):
+    config = Optimisation(steps=0, batch_size=batch, lr=1.0, seed=8)
+    steps = 3 * size  # `batch` whole passes three times over
+    stream = torch.cat([train.example_order(size, step, config) for step in range(steps)]).reshape(-1, size)
+    assert stream.shape == (3 * batch, size)
+    assert (stream.sort(1).values == torch.arange(size)).all()
+    if size > 4:
+        assert len({tuple(epoch) for epoch in stream.tolist()}) > 1
+
+
+def test_the_order_depends_on_the_seed_alone():
+    config = Optimisation(steps=0, batch_size=16, lr=1.0, seed=8)
+    first = train.example_order(64, 5, config)
+    torch.manual_seed(1)
+    assert torch.equal(train.example_order(64, 5, replace(config, steps=99, lr=2.0)), first)
+    assert not torch.equal(train.example_order(64, 5, replace(config, seed=9)), first)
+
+
+@pytest.mark.parametrize(
+    ("steps", "count", "expected"),
+    [
+        # 8 * (i / 4)^1.5 for i = 0 to 4: 0, 1, 2.83, 5.20, 8
+        (8, 5, [0, 1, 3, 5, 8]),
+        (100, 2, [0, 100]),
+        (2, 9, [0, 1, 2]),  # no more checkpoints than steps
+        (0, 4, [0]),
+    ],
+)
+def test_checkpoints_by_hand(steps, count, expected):
+    assert train.checkpoint_steps(steps, count) == expected
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: train.checkpoint_steps(9, 1), ValueError, "checkpoints=1"),
+        (lambda: fit(build("gpt_neox"), dpo(), replace(CONFIG, batch_size=11)), ValueError, "batch_size=11: more than"),
+        (lambda: fit(build("gpt_neox"), dpo(), replace(CONFIG, optimizer="lion")), ValueError, "optimizer='lion'"),
+        (lambda: fit(build("gpt_neox"), dpo(), replace(CONFIG, schedule="cosine")), ValueError, "schedule='cosine'"),
+        (lambda: fit(build("gpt_neox"), dpo(), CONFIG, control="best"), ValueError, "control='best'"),
+    ],
+)
+def test_impossible_settings_are_named(call, error, said):
+    with pytest.raises(error, match=said):
+        call()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm():
+    model = build("gpt_neox")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = torch.inf
+    before = weights_of(model)
+    with pytest.raises(FloatingPointError, match=r"not finite.*smaller learning rate"):
+        fit(model, SFT(random_batch(10)), CONFIG)
+    for name, value in weights_of(model).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_nothing_is_written_without_a_state_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(build("gpt_neox"), dpo(), CONFIG, at=[0, 12])
+    assert list(Path(tmp_path).iterdir()) == []
