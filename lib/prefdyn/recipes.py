@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from pydantic import BaseModel, ConfigDict, SerializationInfo, field_serializer
+from safetensors.torch import load_model, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import data, policy, world
@@ -44,6 +44,10 @@ class DataSpec(Spec):
     max_response: int  # tokens
     vocab_size: int  # of the byte-pair tokenizer trained on a file
 
+    @field_serializer("path")
+    def _where(self, path: str | None, info: SerializationInfo) -> str | None:
+        return None if info.context == "identity" else path
+
 
 class PolicySpec(Spec):
     """Which model: "scratch" with its sizes, or a checkpoint (path or hub name) with the hash of its files."""
@@ -53,6 +57,10 @@ class PolicySpec(Spec):
     layers: int
     width: int
     heads: int
+
+    @field_serializer("model")
+    def _where(self, model: str, info: SerializationInfo) -> str | None:
+        return None if info.context == "identity" and self.content else model
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,7 +115,7 @@ def encode(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
 def load_checkpoint(run: "Run", step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy of a training run after `step` updates, and its tokenizer."""
     model, tokenizer = policy.load(str(run.folder / "policy"))
-    model.load_state_dict(load_file(run.folder / f"checkpoint-{step}.safetensors"))
+    load_model(model, run.folder / f"checkpoint-{step}.safetensors")
     return model.to(device()), tokenizer
 
 
@@ -156,10 +164,7 @@ class _Training(Spec):
             with torch.no_grad():
                 logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
             checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, on_check).items()}
-            save_file(
-                {k: v.contiguous() for k, v in model.state_dict().items()},
-                folder / f"checkpoint-{step}.safetensors",
-            )
+            save_model(model, str(folder / f"checkpoint-{step}.safetensors"))
             kept = {"metrics": metrics | checked, "replies": replies}
             (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
 
@@ -181,7 +186,8 @@ class _Training(Spec):
         table.to_parquet(folder / "checkpoints.parquet")
         pd.DataFrame(replies).to_parquet(folder / "replies.parquet")
         policy.save(model, tokenizer, folder / "policy")
-        for done in [*folder.glob("state*"), *folder.glob("evaluation-*.json")]:
+        # state.json first: without it nothing else is taken for a state to continue from
+        for done in [folder / "state.json", *folder.glob("state-*"), *folder.glob("evaluation-*.json")]:
             done.unlink()
 
 
