@@ -129,7 +129,7 @@ class RunStore:
     def key(self, spec: BaseModel) -> str:
         """Name of the run: its kind and a hash of spec, code and package versions."""
         identity = {
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.model_dump(mode="json", context="identity"),  # without where files are that it hashes
             "code": code_fingerprint(type(spec).__module__),
             "versions": versions(),
         }
