@@ -144,7 +144,7 @@ def _load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
     if not (folder / "state.json").exists():
         return 0, []
     state = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / state["weights"], device=str(model.device))
+    tensors = load_file(folder / state["weights"])  # each goes to its place from here
     model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
     full = optimizer.state_dict()
     for key, value in tensors.items():
@@ -175,7 +175,7 @@ def fit(
       tick: called once a step, for a progress bar.
     Raises ValueError if the batch is larger than the data, FloatingPointError if the gradient is not finite.
     """
-    if config.batch_size > objective.size:
+    if config.steps and config.batch_size > objective.size:
         raise ValueError(f"batch_size={config.batch_size}: more than the {objective.size} examples there are")
     optimizer = make_optimizer(model, config)
     start, log = _load_state(state, model, optimizer) if state else (0, [])
