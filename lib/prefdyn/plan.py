@@ -64,8 +64,15 @@ def policy_spec(p: Parameters) -> PolicySpec:
 
 def sft_run(p: Parameters, seed: int) -> SFTRun:
     """Supervised fine-tuning, from which everything else starts."""
+    spec = data_spec(p, seed)
+    demonstrations = len(dataset(spec).demonstrations)  # a file may hold fewer than were asked for
+    if p.sft_steps and p.sft_batch > demonstrations:
+        raise ParameterError(
+            f"sft_batch: given {p.sft_batch} (int), more than the {demonstrations} demonstrations; "
+            f"allowed: 1 to {demonstrations}"
+        )
     return SFTRun(
-        data=data_spec(p, seed),
+        data=spec,
         policy=policy_spec(p),
         seed=seed,
         optimisation=Optimisation(
