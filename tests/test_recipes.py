@@ -1,0 +1,307 @@
+"""Runs and their measurement end to end, small: from the world, a file or a checkpoint, controlled, interrupted."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from prefdyn import controls, evaluate, plan, policy, recipes, world
+from prefdyn.params import check
+from prefdyn.runs import RunStore
+from toys.models import tiny_policy
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+SMALL = {
+    "profile": "smoke",
+    "pairs": 48,
+    "check": 32,
+    "demonstrations": 128,
+    "validation": 8,
+    "held_out": 150,
+    "width": 16,
+    "sft_steps": 40,
+    "batch": 16,
+    "epochs": 4.0,
+    "checkpoints": 3,
+    "probe": 48,
+    "lr": 5e-3,
+}
+WORLD = check(SMALL)
+TABLES = ("steps", "checkpoints", "replies")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> RunStore:
+    return RunStore(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def dpo(store):
+    return store.get(plan.dpo_run(WORLD, seed=0))
+
+
+@pytest.fixture(scope="module")
+def measured(store):
+    return store.get(plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0)))
+
+
+def test_a_training_run_keeps_its_checkpoints_tables_and_policy(store, dpo):
+    """3 epochs of 48 pairs in batches of 16, 4 times: 12 updates; checkpoints at 12 * (i / 2)^1.5 = 0, 4.2, 12."""
+    steps = plan.dpo_run(WORLD, seed=0).steps()
+    assert steps == [0, 4, 12]
+    names = {p.name for p in dpo.folder.iterdir()}
+    expected = {f"checkpoint-{step}.safetensors" for step in steps} | {f"{name}.parquet" for name in TABLES}
+    assert names == expected | {"policy", "spec.json", "provenance.json", "manifest.json"}
+    assert dpo.frame("steps")["step"].tolist() == list(range(12))
+    assert dpo.frame("checkpoints")["step"].tolist() == steps
+    replies = dpo.frame("replies")
+    assert len(replies) == 3 * 150 and set(replies["prompt"]) == set(
+        recipes.dataset(plan.data_spec(WORLD, 0)).prompts["held_out"]
+    )
+    rewards = [world.reward(world.parse_prompt(row.prompt), row.reply) for row in replies.itertuples()]
+    assert replies["reward"].tolist() == rewards
+    last, _ = recipes.load_checkpoint(dpo, 12)
+    final, _ = recipes.final_policy(dpo)
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), final.parameters(), strict=True))
+
+
+def test_before_the_first_step_dpo_is_its_reference(dpo):
+    start = dpo.frame("checkpoints").iloc[0]
+    assert start["win_rate"] == 0.5
+    assert start["kl"] == pytest.approx(0, abs=1e-6)
+    assert start["check_margin"] == pytest.approx(0, abs=1e-4)
+    assert start["check_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert dpo.frame("steps").iloc[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_training_moves_away_from_the_reference(store, dpo):
+    last = dpo.frame("checkpoints").iloc[-1]
+    assert last["kl"] > 0.01
+    assert dpo.frame("steps")["loss"].iloc[-1] < math.log(2) - 0.01
+    sft = store.get(plan.sft_run(WORLD, seed=0))
+    log = sft.frame("steps")
+    assert log["loss"].iloc[-1] < 0.6 * log["loss"].iloc[0]
+    assert sft.frame("checkpoints")["kl"].isna().all()
+    before = sft.frame("replies").query("step == 40")["reward"]
+    after = dpo.frame("replies").query("step == 12")["reward"]
+    assert last["win_rate"] == evaluate.win_rate(after, before)
+
+
+def test_tables_of_a_measurement_fit_together(measured):
+    table, sequences = measured.frame("alignment"), measured.frame("sequences")
+    assert table["step"].unique().tolist() == [0, 4, 12]
+    g = table.pivot(index="step", columns="component", values="g")
+    assert set(g.columns) == set(controls.CONTROLS)
+    thirds = list(controls.THIRDS)
+    assert g.loc[0, thirds].isna().all()  # every omega is 1/2: there is nothing to sort by
+    assert np.isfinite(g.drop(index=0)).all(axis=None) and np.isfinite(g.drop(columns=thirds)).all(axis=None)
+    assert np.allclose(g["positive"] + g["negative"], g["full"], rtol=1e-4, atol=1e-6)
+    assert np.allclose(g.loc[[4, 12], thirds].sum(axis=1), g.loc[[4, 12], "full"], rtol=1e-4, atol=1e-6)
+    assert np.allclose(g.loc[0, "uniform"], g.loc[0, "full"], rtol=1e-4)
+    sums = sequences.groupby("step")[list(g.columns)].sum(min_count=48)
+    assert np.allclose(sums[g.columns], g, rtol=1e-4, atol=1e-5, equal_nan=True)
+    # the standard error of a sum of n independent contributions is sqrt(n) times their standard deviation
+    deviations = sequences.groupby("step")["full"].std(ddof=1)
+    se = table.query("component == 'full'").set_index("step")["se"]
+    assert np.allclose(se, np.sqrt(48) * deviations, rtol=1e-4)
+    assert (table["n"] == 48).all() and (sequences.groupby("step").size() == 48).all()
+
+
+def test_margins_omegas_and_scores_of_a_measurement_fit_together(measured):
+    sequences = measured.frame("sequences")
+    assert np.allclose(sequences["omega"], 1 / (1 + np.exp(WORLD.beta * sequences["margin"])), atol=1e-6)
+    # a pair contributes beta * omega / n * (a of the chosen - a of the rejected response)
+    expected = WORLD.beta * sequences["omega"] / 48 * (sequences["a_chosen"] - sequences["a_rejected"])
+    assert np.allclose(sequences["full"], expected, rtol=1e-3, atol=1e-5)
+    assert np.allclose(
+        sequences["positive"], WORLD.beta * sequences["omega"] / 48 * sequences["a_chosen"], rtol=1e-3, atol=1e-5
+    )
+
+
+def test_cosine_has_the_sign_of_g_and_belongs_to_the_full_objective(measured):
+    table = measured.frame("alignment")
+    full = table.query("component == 'full'")
+    assert full["cosine"].between(-1, 1).all() and (np.sign(full["cosine"]) == np.sign(full["g"])).all()
+    assert table.query("component != 'full'")["cosine"].isna().all()
+
+
+def test_both_methods_and_probes_measure(store, measured):
+    run = plan.dpo_run(WORLD, seed=0)
+    other = store.get(plan.alignment_run(WORLD.model_copy(update={"method": "central"}), run)).frame("alignment")
+    ours = measured.frame("alignment")
+    assert np.allclose(other["g"], ours["g"], atol=2e-3 * ours["g"].abs().max(), equal_nan=True)
+    check_probe = store.get(plan.alignment_run(WORLD, run, probe="check")).frame("alignment")
+    assert (check_probe["n"] == 32).all() and not np.allclose(check_probe["g"], ours["g"], equal_nan=True)
+
+
+def test_sft_is_measured_too(store):
+    table = store.get(plan.alignment_run(WORLD, plan.sft_run(WORLD, seed=0))).frame("alignment")
+    g = table.pivot(index="step", columns="component", values="g")
+    assert (g["full"] > 0).all()  # imitation raises the likelihood of what it ends up answering
+    assert (g["negative"] == 0).all() and np.allclose(g["positive"], g["full"])
+    assert g[list(controls.THIRDS)].isna().all(axis=None)  # demonstrations are not weighted
+    logp = table.query("component == 'full'")["logp_targets"]
+    assert logp.iloc[-1] > logp.iloc[0]
+
+
+def test_controls_change_the_training(store, dpo):
+    ends = {"full": dpo.frame("steps")["margin"].iloc[-1]}
+    for control in ("positive", "negative", "uniform", "top"):
+        log = store.get(plan.dpo_run(WORLD, seed=0, control=control)).frame("steps")
+        assert log["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-5)
+        ends[control] = log["margin"].iloc[-1]
+    assert len(set(ends.values())) == len(ends)
+    positive = store.get(plan.dpo_run(WORLD, seed=0, control="positive")).frame("steps")
+    negative = store.get(plan.dpo_run(WORLD, seed=0, control="negative")).frame("steps")
+    assert positive["logp_chosen"].iloc[-1] > positive["logp_chosen"].iloc[0]
+    assert negative["logp_rejected"].iloc[-1] < negative["logp_rejected"].iloc[0]
+
+
+class Crash(Exception):
+    """What stops a run in the middle."""
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_an_interrupted_run_ends_with_the_same_tables(store, dpo, tmp_path, monkeypatch, evaluation):
+    """Stopped at its second or last checkpoint, continued by another store: the same files, byte for byte."""
+    calls, said = [], []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == evaluation + 1:
+            raise Crash
+        return evaluate.evaluate(*args, **kwargs)
+
+    interrupted = RunStore(tmp_path, said.append)
+    interrupted.get(plan.sft_run(WORLD, seed=0))
+    spec = plan.dpo_run(WORLD, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "evaluate", failing)
+        with pytest.raises(Crash):
+            interrupted.get(spec)
+    assert interrupted.find(spec) is None
+    continued = RunStore(tmp_path, said.append).get(spec)
+    assert said == [f"run {continued.key} was interrupted: continuing it"]
+    for name in TABLES:
+        pd.testing.assert_frame_equal(continued.frame(name), dpo.frame(name), check_exact=True)
+    assert {p.name for p in continued.folder.iterdir()} == {p.name for p in dpo.folder.iterdir()}
+    weights = [(run.folder / "checkpoint-12.safetensors").read_bytes() for run in (continued, dpo)]
+    assert weights[0] == weights[1]
+
+
+def test_two_samples_of_one_policy_win_half_of_the_time(store):
+    """With ties counted half, a prompt's score has mean 1/2 and deviation at most 1/2; 4 deviations of the mean."""
+    run = store.get(plan.sft_run(WORLD, seed=0))
+    model, tokenizer = recipes.final_policy(run)
+    dataset = recipes.dataset(plan.data_spec(WORLD, 0))
+    prompts, limits = dataset.prompts["held_out"], {"max_prompt": WORLD.max_prompt, "max_response": WORLD.max_response}
+    rewards = []
+    for seed in (0, 1):
+        _, replies = evaluate.reply(model, tokenizer, prompts, temperature=1.0, seed=seed, **limits)
+        rewards.append(evaluate.rewards(dataset, prompts, policy.decode(tokenizer, replies)))
+    assert rewards[0] != rewards[1]
+    assert abs(evaluate.win_rate(*rewards) - 0.5) < 4 * 0.5 / math.sqrt(len(prompts))
+
+
+def test_win_rates_by_hand():
+    """Two wins, one tie, one loss: (2 + 1/2) / 4."""
+    assert evaluate.win_rate([3.0, 2.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]) == 0.625
+    for wrong in ([], [1.0, 2.0]):
+        with pytest.raises(ValueError, match="equal length"):
+            evaluate.win_rate(wrong, [1.0] if wrong else [])
+
+
+FILE = {
+    **SMALL,
+    "pairs": 24,
+    "check": 8,
+    "held_out": 6,
+    "validation": 2,
+    "sft_steps": 6,
+    "sft_batch": 8,
+    "batch": 8,
+    "epochs": 2.0,
+    "vocab_size": 300,
+    "probe": 24,
+}
+
+
+@pytest.fixture
+def preferences(tmp_path):
+    path = tmp_path / "own" / "preferences.jsonl"
+    path.parent.mkdir()
+    rows = [
+        {
+            "prompt": f"What is {i} + {i}?",
+            "chosen": f"It is {2 * i}, naïvely.",
+            "rejected": f"No idea{'!' * (1 + i % 3)}",
+        }
+        for i in range(40)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n{broken\n")
+    return path
+
+
+def test_a_file_of_preferences_end_to_end(tmp_path, preferences):
+    p = check(FILE | {"dataset": str(preferences)})
+    store = RunStore(tmp_path / "runs")
+    spec = plan.dpo_run(p, seed=0)
+    run = store.get(spec)
+    table = run.frame("checkpoints")
+    assert table["win_rate"].isna().all() and table["reward_greedy"].isna().all()  # nobody knows the true reward
+    assert table["kl"].iloc[0] == pytest.approx(0, abs=1e-5) and table["kl"].iloc[-1] > 0
+    assert (table["length"] > 0).all()
+    g = store.get(plan.alignment_run(p, spec)).frame("alignment").query("component == 'full'")["g"]
+    assert np.isfinite(g).all() and len(g) == len(spec.steps())
+    assert len(recipes.dataset(spec.data).problems) == 1
+
+
+def test_a_file_is_identified_by_what_is_in_it_not_by_where_it_is(tmp_path, preferences):
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(preferences.read_bytes())
+    changed = tmp_path / "changed.jsonl"
+    changed.write_bytes(preferences.read_bytes() + b"\n")
+    store = RunStore(tmp_path / "runs")
+    keys = [store.key(plan.dpo_run(check(FILE | {"dataset": str(path)}), 0)) for path in (preferences, moved, changed)]
+    assert keys[0] == keys[1] != keys[2]
+    assert store.key(plan.dpo_run(check(FILE), 0)) not in keys
+
+
+def tied_policy():
+    """A model whose output and input embeddings are the same tensor, as in Qwen3's small ones."""
+    _, tokenizer = tiny_policy()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen3ForCausalLM(config), tokenizer
+
+
+@pytest.mark.parametrize("kind", [tiny_policy, tied_policy])
+def test_a_checkpoint_by_path_is_used_as_it_is(tmp_path, kind):
+    model, tokenizer = kind()
+    policy.save(model, tokenizer, tmp_path / "checkpoint")
+    p = check(FILE | {"model": str(tmp_path / "checkpoint"), "sft_steps": 0, "epochs": 1.0, "sft_batch": 10_000})
+    store = RunStore(tmp_path / "runs")
+    sft = store.get(plan.sft_run(p, seed=0))
+    kept, _ = recipes.final_policy(sft)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
+    assert sft.frame("checkpoints")["step"].tolist() == [0] and sft.frame("steps").empty
+    spec = plan.dpo_run(p, seed=0)
+    assert store.get(spec).frame("checkpoints")["win_rate"].iloc[0] == 0.5
+    table = store.get(plan.alignment_run(p, spec)).frame("alignment")
+    assert np.isfinite(table.query("component == 'full'")["g"]).all()
+    trained, _ = recipes.load_checkpoint(store.get(spec), spec.steps()[-1])
+    assert type(trained) is type(model)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
