@@ -6,11 +6,11 @@ For each size, a GPT-NeoX with random weights and a batch of random tokens: 8 pr
 96 tokens after prompts of 32. All methods run on that same batch.
 
 Time: the methods take turns, round by round, so that other load on the machine hits all of them alike. "ms" is the
-median over rounds, "x f+b" the median over rounds of the ratio to forward+backward in the same round.
+median over rounds, "x f+b" the median (and range) over rounds of the ratio to forward+backward in the same round.
 
 Memory: "MB" is how far the peak of resident memory rose above what model, batch and direction held, in a fresh
-process for each method, its code paths warmed up before on a tiny model. It includes the work space of the kernels;
-the nine components and the direction itself are no part of it. Without /proc the peak is getrusage's.
+process for each method, its code paths warmed up before on a tiny model. It includes the work space of the kernels.
+Without /proc the peak is getrusage's.
 
 A target that is missed is reported and is no error: times depend on the machine.
 """
@@ -323,18 +323,18 @@ def table(rows: dict[str, dict]) -> list[str]:
 def report(name: str, result: dict) -> str:
     """All that is said about one size."""
     differ = result["differences"]
+    ours, share = result["methods"]["our pass"]["ratio"], result["share_of_nine_backwards"]
     head = [
         f"{name}: {result['parameters']:,} parameters ({result['layers']} layers, width {result['width']}, "
         f"vocabulary {result['vocab']:,}); {2 * PAIRS} x {PROMPT + RESPONSE} tokens, {2 * PAIRS * RESPONSE:,} of them "
         f"in responses; rounds: {result['repeats']}"
     ]
     tail = [
-        f"  check: largest relative difference of our nine components to the nine backwards {differ['each']:.1e} "
-        f"({differ['largest']:.1e} of the largest component; central differences {differ['central']:.1e}; "
-        f"sum of the per-sample rows {differ['rows']:.1e})",
-        f"  targets: our pass / forward+backward "
-        f"{verdict(result['methods']['our pass']['ratio'], result['target'])}; "
-        f"our pass with nine components / nine backwards {verdict(result['share_of_nine_backwards'], NINE_TARGET)}",
+        f"  check: our nine components equal those of the nine backwards to a relative {differ['each']:.1e} each, "
+        f"{differ['largest']:.1e} of the largest;\n         central differences to {differ['central']:.1e} of the "
+        f"largest; per-sample rows add up to their sum to {differ['rows']:.1e}",
+        f"  targets: our pass / forward+backward {verdict(ours, result['target'])};",
+        f"           our pass with nine components / nine backwards {verdict(share, NINE_TARGET)}",
     ]
     return "\n".join(head + table(result["methods"]) + tail)
 
