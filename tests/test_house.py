@@ -65,9 +65,7 @@ def test_every_dependency_is_locked_within_its_range():
 
 
 def test_torch_is_installed_by_the_makefile_and_is_not_locked():
-    default = re.search(
-        r"^TORCH\s*\?=\s*(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    default = re.search(r"^TORCH\s*\?=\s*(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     pin = Requirement(default.group(1))
     (wanted,) = [Requirement(text) for text in declared() if Requirement(text).name == "torch"]
     assert pin.name == "torch" and wanted.specifier.contains(version_of(pin))
@@ -85,9 +83,7 @@ def test_environment_yml_equals_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [item for item in environment["dependencies"] if isinstance(item, str)]
     (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
-    python = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-        "requires-python"
-    ]
+    python = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["requires-python"]
     assert pip == [*declared(), "-e ."]
     assert conda == [f"python{python}", "pip"]
 
@@ -112,9 +108,7 @@ def test_notebook_source_is_clean(path):
     assert not [cell["id"] for cell in code if cell["outputs"]], (
         "outputs are left: nbstripout --keep-id notebooks/*.ipynb"
     )
-    assert not [cell["id"] for cell in code if cell["execution_count"] is not None], (
-        "execution counts are left"
-    )
+    assert not [cell["id"] for cell in code if cell["execution_count"] is not None], "execution counts are left"
     ids = [cell.get("id") for cell in cells]
     assert all(ids) and len(set(ids)) == len(ids), "every cell has an id of its own"
     assert "papermill" not in notebook["metadata"], "this is an executed copy"
@@ -123,8 +117,6 @@ def test_notebook_source_is_clean(path):
 @pytest.mark.parametrize("path", NOTEBOOKS or [None], ids=lambda path: path.stem if path else "none")
 def test_notebook_has_one_parameters_cell_with_a_profile(path):
     assert path is not None, "there is no notebook in notebooks/"
-    tagged = [
-        cell for cell in read_notebook(path)["cells"] if "parameters" in cell["metadata"].get("tags", [])
-    ]
+    tagged = [cell for cell in read_notebook(path)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1, "exactly one cell carries the tag `parameters`"
     assert re.search(r"^profile\b[^=]*=\s*[\"']reader[\"']", "".join(tagged[0]["source"]), re.MULTILINE)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -139,6 +140,8 @@ class RunStore:
         """What is wrong with a run's folder, or None."""
         try:
             listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if not listed:
+                return f"{MANIFEST} is empty"
             for name, digest in listed.items():
                 if not (folder / name).is_file():
                     return f"{name} is missing"
@@ -158,7 +161,10 @@ class RunStore:
             problem = self._damage(folder)
             if problem:
                 aside = self.root / f"{key}.damaged-{time.time_ns()}"
-                folder.rename(aside)
+                try:
+                    folder.rename(aside)
+                except FileNotFoundError:  # another process has just set it aside
+                    return None
                 self.say(f"run {key} is damaged: {problem}; set aside as {aside.name}, will be computed again")
                 return None
             self._whole.add(key)
@@ -224,7 +230,7 @@ class RunStore:
             cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
             total = sum(spec.work() for spec in todo.values())
             count = max(1, min(workers or cores, len(todo), 1 + int(total / WORTH_A_PROCESS)))
-            threads = max(1, cores // count)
+            threads = 1 if total < WORTH_A_PROCESS else max(1, cores // count)
             hidden = None if not os.environ.get("PREFDYN_PROGRESS") else False
             layout = "{desc} {percentage:3.0f}% |{bar}| {elapsed} spent, {remaining} left"
             with tqdm(total=total, desc=f"{len(todo)} runs", disable=hidden, leave=False, bar_format=layout) as bar:
@@ -267,8 +273,11 @@ class RunStore:
                 errors.append(error)
 
         if count == 1:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
             while keys := ready():
                 settle(keys[0], functools.partial(self.get, waiting.pop(keys[0]), bar.update))
+            torch.set_num_threads(before)
         else:
             context = multiprocessing.get_context("spawn")
             done_work = context.Value("d", 0.0)
@@ -290,7 +299,10 @@ class RunStore:
         for folder in sorted(self.root.glob("*-*")):
             if not (folder / MANIFEST).is_file() or "." in folder.name:
                 continue
-            provenance = Run(folder.name, folder).json("provenance")
+            try:
+                provenance = Run(folder.name, folder).json("provenance")
+            except (OSError, ValueError):
+                provenance = {"seconds": math.nan, "finished": "damaged"}
             size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
             rows.append(
                 {
