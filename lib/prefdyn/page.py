@@ -13,11 +13,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
 from .runs import Run
+from .stats import Estimate
 
 KEY = "prefdyn"  # of the metadata that carries values
 
@@ -46,7 +48,8 @@ def say(text: str, **values: Any) -> None:
     formats = {name: spec for _, name, spec, _ in string.Formatter().parse(text) if name}
     kept = {}
     for name, value in values.items():
-        number = getattr(value, "mean", value)
+        number = value.mean if isinstance(value, Estimate) else value
+        number = number.item() if isinstance(number, np.generic) else number
         plain = number if isinstance(number, int | float | str) else str(number)
         kept[name] = {"value": plain, "text": format(value, formats.get(name, ""))}
     shown = text.format(**values)
