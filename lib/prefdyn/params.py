@@ -19,7 +19,7 @@ class ParameterError(ValueError):
 class Parameters(BaseModel):
     """Every parameter that a chapter may have."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     profile: Literal["smoke", "reader", "paper"] = Field(description="size of everything that is not given by name")
     dataset: str = Field(description="'world', or the path of a preference file (.jsonl, .jsonl.gz)", min_length=1)
