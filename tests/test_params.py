@@ -1,0 +1,252 @@
+"""Parameters: errors that say what to change, presets that hold together, and the runs that they describe."""
+
+import json
+
+import pytest
+from prefdyn import params, plan, policy
+from prefdyn.params import PRESETS, ParameterError, check, read_cells
+from prefdyn.runs import RunStore
+from toys.models import tiny_policy
+
+
+def refused(**given) -> str:
+    """The message with which parameters are refused."""
+    with pytest.raises(ParameterError) as error:
+        check(given)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("profile", PRESETS)
+@pytest.mark.parametrize("dataset", ["world", "some.jsonl"])
+def test_every_preset_holds_together(profile, dataset):
+    if profile == "paper" and dataset == "world":
+        assert "give `model`" in refused(profile=profile)
+        return
+    model = "some/model" if profile == "paper" else "scratch"
+    p = check({"profile": profile, "dataset": dataset, "model": model})
+    assert p.model_dump() == params.presets(profile, dataset) | {"dataset": dataset, "model": model}
+    assert p.width % (2 * p.heads) == 0
+    assert p.batch <= p.pairs and p.probe <= max(p.pairs, p.demonstrations)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "reader"])
+def test_presets_of_the_world_describe_runs(profile):
+    p = check({"profile": profile})
+    for seed in p.seeds:
+        run = plan.dpo_run(p, seed)
+        assert run.optimisation.steps == round(p.epochs * p.pairs / p.batch)
+        assert run.sft.data.seed == run.sft.seed == run.optimisation.seed == seed
+        assert len(run.steps()) == p.checkpoints
+
+
+def test_nothing_given_is_the_reader_profile_of_the_world():
+    assert check({}) == check({"profile": None, "beta": None}) == check({"profile": "reader", "dataset": "world"})
+
+
+def test_none_means_from_the_profile_and_values_override_it():
+    p = check({"profile": "smoke", "beta": 0.5, "pairs": None, "seeds": [4]})
+    assert (p.beta, p.pairs, p.seeds) == (0.5, PRESETS["smoke"]["pairs"], [4])
+
+
+def test_unknown_names_suggest_the_nearest():
+    message = refused(betta=0.5)
+    assert "betta: no such parameter. Did you mean 'beta'?" in message and "There are: batch, beta" in message
+    assert "Did you mean" not in refused(zzzzzzzz=1)
+    with pytest.raises(ParameterError, match=r"lr: no such parameter.* There are: beta, profile"):
+        check({"lr": 0.1}, known=["profile", "beta"])
+
+
+REFUSED = {
+    "a text for a number": ({"pairs": "many"}, "pairs: given 'many' (str); allowed: a whole number >= 8"),
+    "a fraction for a number": ({"pairs": 8.5}, "pairs: given 8.5 (float)"),
+    "a truth for a number": ({"layers": True}, "layers: given True (bool)"),
+    "a list for a number": ({"beta": [0.1]}, "beta: given [0.1] (list); allowed: a number > 0"),
+    "too few": ({"pairs": 7}, "pairs: given 7 (int); allowed: a whole number >= 8"),
+    "too much": ({"label_noise": 0.6}, "label_noise: given 0.6 (float); allowed: a number >= 0 and <= 0.5"),
+    "zero": ({"beta": 0.0}, "beta: given 0.0 (float)"),
+    "infinite": ({"epochs": float("inf")}, "epochs: given inf (float)"),
+    "not a number": ({"lr": float("nan")}, "lr: given nan (float)"),
+    "not among the choices": ({"method": "best"}, "method: given 'best' (str); allowed: one of forward, central"),
+    "no dataset": ({"dataset": ""}, "dataset: given '' (str)"),
+    "a number for a dataset": ({"dataset": 3}, "dataset: given 3 (int)"),
+    "another profile": ({"profile": "huge"}, "profile: given 'huge' (str); allowed: one of smoke, reader, paper"),
+    "a number for a profile": ({"profile": 3}, "profile: given 3 (int)"),
+    "a seed twice": ({"seeds": [1, 2, 1]}, "seeds: given [1, 2, 1] (list) (each seed once)"),
+    "a seed twice in a text": ({"seeds": "1,1"}, "(each seed once)"),
+    "a negative seed": ({"seeds": [-1]}, "(no negative seed)"),
+    "no seed": ({"seeds": []}, "seeds: given [] (list)"),
+    "a seed that is no number": (
+        {"seeds": [0, "x"]},
+        "seeds: given [0, 'x'] (list); allowed: a list",
+    ),
+    "a text that is no seeds": ({"seeds": "0;1"}, "seeds: given '0;1' (str)"),
+    "no training from scratch": ({"sft_steps": 0}, "sft_steps: given 0 (int)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_named_with_what_is_allowed(case):
+    given, said = REFUSED[case]
+    assert said in refused(**given)
+
+
+def test_all_problems_are_told_at_once():
+    message = refused(betta=1, pairs=1, method="x", profile="huge")
+    assert message.count("\n") == 4 and all(name in message for name in ("betta", "pairs", "method", "profile"))
+
+
+@pytest.mark.parametrize(("given", "seeds"), [("0,1, 2", [0, 1, 2]), ("7", [7]), (7, [7]), ([0, 5], [0, 5])])
+def test_seeds_as_a_command_line_gives_them(given, seeds):
+    assert check({"seeds": given}).seeds == seeds
+
+
+def test_a_whole_number_is_a_number():
+    assert check({"beta": 1}).beta == 1.0
+
+
+def test_every_parameter_has_a_meaning_and_a_preset():
+    for name in params.Parameters.model_fields:
+        allowed, meaning = params.meaning(name)
+        assert allowed and meaning and meaning not in allowed
+        assert all(name in params.presets(profile, "world") for profile in PRESETS)
+    with pytest.raises(ParameterError, match="'huge'; allowed: one of smoke"):
+        params.presets("huge", "world")
+
+
+CELL = '# what a reader may change\nprofile = "smoke"\nbeta: float = None  # from the profile\nseeds = None'
+ASKS = "from prefdyn import params\np = params.read()"
+
+
+def test_parameters_are_read_from_the_cells_before():
+    assert read_cells(["import os", CELL, ASKS]) == check({"profile": "smoke"})
+
+
+def test_injected_parameters_override_the_cell():
+    injected = "# Parameters\nbeta = 0.5\nseeds = [3, 4]\n"
+    assert read_cells(["%matplotlib inline", CELL, injected, ASKS]) == check(
+        {"profile": "smoke", "beta": 0.5, "seeds": [3, 4]}
+    )
+
+
+def test_injected_parameters_must_be_in_the_cell():
+    with pytest.raises(ParameterError, match=r"lr: no such parameter.*There are: beta, profile, seeds"):
+        read_cells([CELL, "# Parameters\nlr = 0.5", ASKS])
+
+
+def test_a_cell_that_was_changed_and_executed_again_counts():
+    again = CELL.replace("None  #", "0.7  #")
+    assert read_cells([CELL, ASKS, "plot()", again, ASKS]).beta == 0.7
+
+
+@pytest.mark.parametrize("cells", [[ASKS], [CELL, "x = compute()", ASKS], ["x = [y for y in z]", ASKS], ["(", ASKS]])
+def test_without_a_parameters_cell_there_is_nothing_to_read(cells):
+    with pytest.raises(ParameterError, match="no parameters cell"):
+        read_cells(cells)
+
+
+def test_outside_of_a_notebook_there_is_another_way():
+    with pytest.raises(ParameterError, match=r"elsewhere call params.check"):
+        params.read()
+
+
+SMALL = {"profile": "smoke", "pairs": 40, "check": 8, "batch": 8, "sft_batch": 8, "held_out": 6, "validation": 2}
+
+
+@pytest.fixture
+def preferences(tmp_path):
+    path = tmp_path / "preferences.jsonl"
+    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(40)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_steps_follow_from_epochs_and_pairs():
+    """40 pairs in batches of 8 are 5 updates an epoch."""
+    p = check(SMALL | {"epochs": 3.0, "long_epochs": 10.0})
+    short, long = plan.dpo_run(p, 0), plan.dpo_run(p, 0, control="uniform", long=True)
+    assert (short.optimisation.steps, long.optimisation.steps) == (15, 50)
+    assert (short.optimisation.schedule, long.optimisation.schedule) == ("linear", "constant")
+    assert (short.control, long.control) == ("full", "uniform")
+    assert short.parents()[0] == short.sft == plan.sft_run(p, 0)
+
+
+def test_parameters_reach_the_measurement():
+    p = check(SMALL | {"target_prompts": "train", "target_reduction": "mean", "method": "central", "probe": 33})
+    measured = plan.alignment_run(p, plan.dpo_run(p, 0), probe="check")
+    assert measured.targets.model_dump() == {
+        "prompts": "train",
+        "decoding": "greedy",
+        "reduction": "mean",
+        "count": 6,
+    }
+    assert (measured.probe, measured.size, measured.method) == ("check", 33, "central")
+
+
+def test_a_file_with_fewer_pairs_makes_fewer_steps(preferences):
+    """40 - 8 prompts are left; the check has its share of 8 / (64 + 8): 4 prompts, so 28 pairs to train on."""
+    p = check(SMALL | {"dataset": str(preferences), "pairs": 64, "epochs": 2.0})
+    assert plan.dpo_run(p, 0).optimisation.steps == round(2 * 28 / 8)
+
+
+def test_files_are_found_from_the_current_folder(preferences, monkeypatch):
+    monkeypatch.chdir(preferences.parent)
+    specs = [plan.data_spec(check(SMALL | {"dataset": str(path)}), 0) for path in (preferences, preferences.name)]
+    assert specs[0] == specs[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dataset": "nowhere.jsonl"}, "dataset: given 'nowhere.jsonl', and there is no such file"),
+        ({"model": "./nowhere", "sft_steps": 0}, "model: given './nowhere', and there is no such folder"),
+        ({"batch": 41}, "batch: given 41 (int), more than the 40 pairs to train on; allowed: 1 to 40"),
+        ({"sft_batch": 4096}, "sft_batch: given 4096 (int), more than the 512 demonstrations; allowed: 1 to 512"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_named_before_anything_runs(given, said):
+    p = check(SMALL | given)
+    with pytest.raises(ParameterError) as error:
+        plan.dpo_run(p, 0)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"held_out": 1600}, "held_out=1600"), ({"validation": 1500, "held_out": 30}, "validation=1500")],
+)
+def test_a_world_that_cannot_be_split_is_an_error_that_names_the_setting(given, named):
+    with pytest.raises(ValueError, match=named):
+        plan.dpo_run(check(SMALL | given), 0)
+
+
+def test_a_checkpoint_is_identified_by_its_files(tmp_path):
+    store = RunStore(tmp_path / "runs")
+    for name in ("one", "same", "other"):
+        policy.save(*tiny_policy(seed=1 if name == "other" else 0), tmp_path / name)
+    specs = [plan.policy_spec(check(SMALL | {"model": str(tmp_path / n)})) for n in ("one", "same", "other")]
+    assert specs[0].content == specs[1].content != specs[2].content
+    keys = [store.key(plan.sft_run(check(SMALL | {"model": str(tmp_path / n)}), 0)) for n in ("one", "same", "other")]
+    assert keys[0] == keys[1] != keys[2]
+    on_the_hub = plan.policy_spec(check(SMALL | {"model": "some/model"}))
+    assert (on_the_hub.model, on_the_hub.content) == ("some/model", None)
+
+
+def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
+    """Each is changed alone. What only a long run, a file or the memory uses does not count for the short world run."""
+    store, p = RunStore(tmp_path), check(SMALL)
+    changed = {
+        "seeds": None, "profile": None, "dataset": None, "model": None, "long_epochs": None,
+        "pairs": 48, "check": 16, "demonstrations": 500, "label_noise": 0.1, "validation": 3, "held_out": 7,
+        "max_prompt": 25, "max_response": 29, "vocab_size": 400, "layers": 2, "width": 64, "heads": 4,
+        "sft_steps": 61, "sft_lr": 2e-2, "sft_batch": 9, "beta": 0.2, "lr": 2e-3, "epochs": 3.0, "batch": 9,
+        "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_prompts": "train",
+        "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
+    }  # fmt: skip
+    assert changed.keys() == params.Parameters.model_fields.keys()
+
+    def key(p) -> str:
+        return store.key(plan.alignment_run(p, plan.dpo_run(p, 0)))
+
+    keys = [key(p.model_copy(update={name: value})) for name, value in changed.items() if value is not None]
+    assert len({key(p), *keys, store.key(plan.alignment_run(p, plan.dpo_run(p, 1)))}) == len(keys) + 2
+    assert key(p) == key(p.model_copy(update={"seeds": [9], "profile": "reader"}))
