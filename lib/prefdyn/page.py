@@ -58,16 +58,13 @@ def say(text: str, **values: Any) -> None:
 
 def table(frame: pd.DataFrame, digits: int = 2) -> None:
     """Display a table; all text in it is escaped, so data cannot become part of the page."""
-    shown = frame.to_html(
-        index=False,
-        escape=True,
-        border=0,
-        classes="dataframe",
-        float_format=lambda x: f"{x:.{digits}f}",
-        na_rep="–",
-    )
+
+    def number(x: float) -> str:
+        return f"{x:.{digits}f}" if round(x, digits) else f"{0:.{digits}f}"  # never "-0.0"
+
     with pd.option_context("display.max_colwidth", None):
-        display({"text/html": shown, "text/plain": frame.to_string(index=False)}, raw=True)
+        shown = frame.to_html(index=False, escape=True, border=0, classes="dataframe", float_format=number, na_rep="–")
+    display({"text/html": shown, "text/plain": frame.to_string(index=False)}, raw=True)
 
 
 def texts(rows: Iterable[dict[str, Any]]) -> None:
