@@ -50,7 +50,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return name.strip(), {"true": True, "false": False}.get(value.strip().lower())
     try:
         return name.strip(), ast.literal_eval(value.strip()) if "," not in value or value.strip()[0] in "[(" else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return name.strip(), value
 
 
