@@ -6,6 +6,8 @@ import torch
 from prefdyn import policy, world
 from prefdyn.data import Batch, pad
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -67,11 +69,18 @@ def _qwen3(**more) -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8, **more))
 
 
+def _gpt2() -> PreTrainedModel:
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, attn_implementation="eager")
+    )
+
+
 ARCHITECTURES = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
     "llama": lambda: _llama(tie_word_embeddings=False),
     "qwen3": lambda: _qwen3(tie_word_embeddings=False),
     "qwen3, tied": lambda: _qwen3(tie_word_embeddings=True),
+    "gpt2": _gpt2,  # learned positions: unlike rotary ones, they notice a shift
 }
 
 
