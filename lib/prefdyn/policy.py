@@ -126,15 +126,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     tokenizer.save_pretrained(folder)
 
 
-def response_logits(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Logits that predict positions 1 to T-1, [N, T-1, V]; padding on either side changes nothing.
+def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, C, V] that predict the C columns of `batch` that hold a response token in any row, and those columns.
 
-    Positions are counted from the first real token, so a row's logits do not depend on its padding.
+    The output layer, the dearest part of a small model with a large vocabulary, is computed for these only. Positions
+    are counted from the first real token, so a row's logits do not depend on its padding, on either side.
     """
+    columns = batch.response[:, 1:].any(0).nonzero().squeeze(-1) + 1
     attention = batch.attention.long()
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=batch.ids, attention_mask=attention, position_ids=positions, use_cache=False)
-    return out.logits[:, :-1]
+    out = model(
+        input_ids=batch.ids,
+        attention_mask=attention,
+        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=columns - 1,
+    )
+    return out.logits, columns
 
 
 def token_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -142,12 +149,12 @@ def token_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
     Computed in float32 at least, whatever the precision of the model.
     """
-    logits = response_logits(model, batch)
+    logits, columns = response_logits(model, batch)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    picked = logits.gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
-    logps = (picked - logits.logsumexp(-1)).masked_fill(~batch.response[:, 1:], 0.0)
-    return torch.nn.functional.pad(logps, (1, 0))
+    picked = logits.gather(-1, batch.ids[:, columns, None]).squeeze(-1)
+    logps = (picked - logits.logsumexp(-1)).masked_fill(~batch.response[:, columns], 0.0)
+    return logps.new_zeros(batch.ids.shape).index_copy(1, columns, logps)
 
 
 @torch.no_grad()
@@ -167,9 +174,10 @@ def entropy_and_kl(
     """
     entropies, divergences = [], []
     for part in batch.chunks(size):
-        logp = response_logits(model, part).float().log_softmax(-1)
-        logq = response_logits(reference, part).float().log_softmax(-1)
-        p, mask = logp.exp(), part.response[:, 1:]
+        logits, columns = response_logits(model, part)
+        logp = logits.float().log_softmax(-1)
+        logq = response_logits(reference, part)[0].float().log_softmax(-1)
+        p, mask = logp.exp(), part.response[:, columns]
         entropies.append((-(p * logp).sum(-1) * mask).sum(-1))
         divergences.append(((p * (logp - logq)).sum(-1) * mask).sum(-1))
     return torch.cat(entropies), torch.cat(divergences)

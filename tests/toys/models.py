@@ -38,8 +38,9 @@ class Table(torch.nn.Module):
     def device(self) -> torch.device:
         return self.table.device
 
-    def forward(self, input_ids, **kwargs):
-        return SimpleNamespace(logits=self.table[input_ids], past_key_values=None)
+    def forward(self, input_ids, logits_to_keep=slice(None), **kwargs):
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return SimpleNamespace(logits=self.table[input_ids[:, keep]], past_key_values=None)
 
 
 def tiny_policy(seed: int = 0, width: int = 16, layers: int = 1):
