@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -189,6 +190,34 @@ def test_an_interrupted_run_ends_with_the_same_tables(store, dpo, tmp_path, monk
     assert {p.name for p in continued.folder.iterdir()} == {p.name for p in dpo.folder.iterdir()}
     weights = [(run.folder / "checkpoint-12.safetensors").read_bytes() for run in (continued, dpo)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_a_run_stopped_while_it_clears_its_state_away_can_be_continued(tmp_path, monkeypatch, removed):
+    """Whatever part of the state is gone already, the rest must not be taken for a state to continue from."""
+    spec, gone = plan.sft_run(check(SMALL | {"sft_steps": 4, "held_out": 10}), seed=0), []
+    store = RunStore(tmp_path, lambda text: None)
+    unlink = Path.unlink
+
+    def failing(path, missing_ok=False):
+        if path.parent.name.endswith(".partial") and path.name.startswith("state") and (tmp_path / "armed").exists():
+            if len(gone) == removed:
+                raise Crash
+            gone.append(path.name)
+        unlink(path, missing_ok)
+
+    def save(*args):
+        (tmp_path / "armed").touch()
+        policy_save(*args)
+
+    policy_save = policy.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", failing)
+        patch.setattr(policy, "save", save)
+        with pytest.raises(Crash):
+            store.get(spec)
+    assert len(gone) == removed
+    assert store.get(spec).frame("steps")["step"].tolist() == [0, 1, 2, 3]
 
 
 def test_two_samples_of_one_policy_win_half_of_the_time(store):
