@@ -138,7 +138,11 @@ def test_a_cell_that_was_changed_and_executed_again_counts():
     assert read_cells([CELL, ASKS, "plot()", again, ASKS]).beta == 0.7
 
 
-@pytest.mark.parametrize("cells", [[ASKS], [CELL, "x = compute()", ASKS], ["x = [y for y in z]", ASKS], ["(", ASKS]])
+def test_asking_again_later_reads_the_same_cell():
+    assert read_cells([CELL, "beta = 0.9", ASKS, "plot()", "x = 3", "plot()", ASKS]).beta == 0.9
+
+
+@pytest.mark.parametrize("cells", [[ASKS], ["lr = 0.5", ASKS], ["x = [y for y in z]", ASKS], ["(", ASKS]])
 def test_without_a_parameters_cell_there_is_nothing_to_read(cells):
     with pytest.raises(ParameterError, match="no parameters cell"):
         read_cells(cells)

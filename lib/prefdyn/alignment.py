@@ -93,11 +93,11 @@ def _forward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tupl
 
 @torch.no_grad()
 def _central(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
-    """Central difference of two forward passes at theta +- eps * d; works with any kernel, in float32 or better."""
+    """Central difference of two passes at theta +- eps * d, beside a plain one; any kernel, float32 or better."""
     named = {name: p for name, p in model.named_parameters() if name in direction}
     saved = {name: p.clone() for name, p in named.items()}
     # the step that balances truncation and rounding, relative to the size of the parameters
-    scale = 3e-4 if model.dtype == torch.float32 else 1e-6
+    scale = 1e-4 if model.dtype == torch.float32 else 1e-6
     eps = (scale * norm(saved) / norm(direction).clamp(min=1e-30)).item()
     values = []
     try:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import nbformat
 import papermill
 import typer
+from nbclient.exceptions import DeadKernelError
 
 from . import page, params
 from .runs import RunStore, project_root
@@ -97,6 +98,11 @@ def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) ->
     except papermill.PapermillExecutionError as error:
         raise CommandError(
             f"{source.stem}: {error.ename}: {error.evalue}\n(the notebook up to the error is kept as {failed.name})"
+        ) from error
+    except DeadKernelError as error:
+        raise CommandError(
+            f"{source.stem}: its kernel died, often for want of memory; a smaller `micro_batch` or `probe` needs less. "
+            "Runs that were finished are kept."
         ) from error
     _without_progress(notebook)
     values = page.collect_values(notebook)

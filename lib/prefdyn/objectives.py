@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from .data import Batch, concatenate
 
+ROUNDING = 1e-4  # nats: margins up to here are float32 noise of sums over responses
+
 
 @dataclass(frozen=True)
 class TokenWeights:
@@ -138,13 +140,13 @@ class DPO:
         return dpo_weights(batch.response, dpo_omega(self.margin(logps, index), self.beta), self.beta)
 
     def metrics(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> dict[str, float]:
-        """loss: nats. margin: mean, nats. accuracy: share of margins above 0, ties half. logp_*: mean, nats."""
+        """loss, margin, logp_chosen, logp_rejected: means, nats. accuracy: share of margins above 0, ties half."""
         margin = self.margin(logps, index)
         chosen, rejected = logps.sum(-1).chunk(2)
         return {
             "loss": dpo_loss(margin, self.beta).mean().item(),
             "margin": margin.mean().item(),
-            "accuracy": ((margin > 0).double() + 0.5 * (margin == 0).double()).mean().item(),
+            "accuracy": (0.5 + 0.5 * margin.sign() * (margin.abs() > ROUNDING)).mean().item(),
             "logp_chosen": chosen.mean().item(),
             "logp_rejected": rejected.mean().item(),
         }

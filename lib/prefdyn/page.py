@@ -43,7 +43,8 @@ def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
 def say(text: str, **values: Any) -> None:
     """Display Markdown in which {name} stands for a computed value; the values are kept for other pages as shown here.
 
-    A value is a number, an `Estimate` or a text; formats are those of `str.format`, e.g. {gain:+.1f}.
+    A value is a number, an `Estimate` or a text of our own (texts from data belong in `texts`); formats are those of
+    `str.format`, e.g. {gain:+.1f}.
     """
     formats = {name: spec for _, name, spec, _ in string.Formatter().parse(text) if name}
     kept = {}

@@ -254,16 +254,19 @@ def _literal_cell(source: str) -> dict[str, Any] | None:
 def read_cells(cells: list[str]) -> Parameters:
     """Parameters from the sources of the cells that were executed so far, the cell that asks included, last.
 
-    The cells just before it that hold only literals are the parameters cell and, after it, the one that papermill
-    adds: its names must be among those of the first.
+    The last run of cells that hold only literals, among them `profile`, is the parameters cell and, after it, the one
+    that papermill adds: its names must be among those of the first.
     """
     found: list[dict[str, Any]] = []
     for source in reversed(cells[:-1]):
         values = _literal_cell(source)
-        if values is None:
+        if values is not None:
+            found.insert(0, values)
+        elif any("profile" in cell for cell in found):
             break
-        found.insert(0, values)
-    if not found:
+        else:
+            found = []
+    if not any("profile" in cell for cell in found):
         raise ParameterError("no parameters cell was executed before this one; run the notebook from its top")
     known = list(found[0])
     return check({name: value for cell in found for name, value in cell.items()}, known)
