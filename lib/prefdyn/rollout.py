@@ -6,6 +6,7 @@ row. The token at a marked position is the action, taken in the state of all tok
 
 import torch
 
+ROUNDING = 1e-6  # deviations up to here, relative to the largest number, are float32 noise of equal numbers
 KL_ESTIMATORS = {
     "k1": "log p - log q: unbiased, of either sign",
     "k2": "(log p - log q)^2 / 2: biased, of low variance, never negative",
@@ -80,14 +81,17 @@ def gae(
 def whiten(x: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
     """`x` with mean 0 and standard deviation 1 over response tokens, zero elsewhere; a constant becomes 0."""
     inside = x[response]
-    scaled = (x - inside.mean()) / (inside.std(unbiased=False) + 1e-8)
-    return scaled.masked_fill(~response, 0.0)
+    deviation = inside.std(unbiased=False)
+    if deviation <= ROUNDING * inside.abs().max():
+        return torch.zeros_like(x)
+    return ((x - inside.mean()) / deviation).masked_fill(~response, 0.0)
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 for perfect values, 0 for a constant; NaN for constant returns."""
-    variance = returns.var(unbiased=False)
-    return float("nan") if variance == 0 else (1 - (returns - values).var(unbiased=False) / variance).item()
+    if returns.std(unbiased=False) <= ROUNDING * returns.abs().max():
+        return float("nan")
+    return (1 - (returns - values).var(unbiased=False) / returns.var(unbiased=False)).item()
 
 
 def value_loss(
