@@ -86,6 +86,12 @@ class Parameters(BaseModel):
             raise ValueError("no negative seed")
         return value
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _reward(cls, value: Any) -> Any:
+        """Accept True, as which a command line's reward=true is read."""
+        return "true" if value is True else value
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -239,6 +245,7 @@ def _allowed(name: str) -> str:
     words = {
         "integer": "a whole number",
         "number": "a number",
+        "boolean": "True or False",
         "string": "a text",
         "array": "a list of different seeds, e.g. 0,1,2",
     }
