@@ -129,9 +129,17 @@ def ppo_run(p: Parameters, seed: int, control: str = "full", reward: str | None 
     if reward == "true" and p.dataset != "world":
         raise ParameterError("reward: given 'true' (str), which only the world has; allowed here: learned")
     if p.ppo_batch > p.rollouts:
-        raise ParameterError(f"ppo_batch: given {p.ppo_batch} (int), more than rollouts={p.rollouts}")
+        raise ParameterError(
+            f"ppo_batch: given {p.ppo_batch} (int), more than rollouts={p.rollouts}; allowed: 1 to {p.rollouts}"
+        )
+    sft = sft_run(p, seed)
+    prompts = len(dataset(sft.data).prompts["train"])
+    if p.rollouts > prompts:
+        raise ParameterError(
+            f"rollouts: given {p.rollouts} (int), more than the {prompts} training prompts; allowed: 2 to {prompts}"
+        )
     return PPORun(
-        sft=sft_run(p, seed),
+        sft=sft,
         reward=None if reward == "true" else reward_run(p, seed),
         control=control,
         optimisation=Optimisation(
