@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
@@ -34,7 +35,10 @@ Score = Callable[[list[str], data.Batch], torch.Tensor]  # (prompts, rollouts) -
 
 def headed(kind: type, folder: Path, pad_id: int) -> torch.nn.Module:
     """The policy saved in `folder` with a head of one output in the place of its output layer, at first zero."""
-    model = kind.from_pretrained(folder, num_labels=1, use_safetensors=True, dtype=torch.float32, pad_token_id=pad_id)
+    body = policy.load(str(folder))[0].base_model
+    config = AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=pad_id)
+    model = kind.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(body.state_dict())
     head = model.score if hasattr(model, "score") else model.classifier
     torch.nn.init.zeros_(head.weight)
     if head.bias is not None:
@@ -42,17 +46,24 @@ def headed(kind: type, folder: Path, pad_id: int) -> torch.nn.Module:
     return model.eval().to(recipes.device())
 
 
-def token_values(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
-    """Value of the state in which each token is chosen, [N, T], zero outside responses."""
+def _inputs(batch: data.Batch) -> dict[str, torch.Tensor]:
+    """What a model reads of a batch; positions are counted from the first real token."""
     attention = batch.attention.long()
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    out = model(input_ids=batch.ids, attention_mask=attention, position_ids=positions).logits.squeeze(-1)
+    return {"input_ids": batch.ids, "attention_mask": attention, "position_ids": positions}
+
+
+def token_values(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
+    """Value of the state in which each token is chosen, [N, T], zero outside responses."""
+    out = model(**_inputs(batch)).logits.squeeze(-1)
     return F.pad(out[:, :-1], (1, 0)).masked_fill(~batch.response, 0.0)
 
 
 def sequence_scores(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
-    """Score of each reply by a reward model, [N]."""
-    return model(input_ids=batch.ids, attention_mask=batch.attention.long()).logits.squeeze(-1)
+    """Score of each reply by a reward model, [N]: its head at the last token, also where that is the padding token."""
+    states = model.base_model(**_inputs(batch)).last_hidden_state
+    rows = torch.arange(len(batch), device=states.device)
+    return model.score(states[rows, rollout.last_token(batch.response)]).squeeze(-1)
 
 
 class RewardRun(recipes.Spec):
