@@ -89,6 +89,7 @@ class RewardRun(recipes.Spec):
         optimizer = make_optimizer(model, self.optimisation)
         parts = {"reward": (model, optimizer)}
         first, log = load_state(folder, parts)
+        tick(2 * self.optimisation.batch_size * first)
         for step in range(first, self.optimisation.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.optimisation, step)
@@ -99,17 +100,17 @@ class RewardRun(recipes.Spec):
             loss.backward()
             clip_grad_norm_(model.parameters(), self.optimisation.clip or float("inf"))
             optimizer.step()
-            log.append({"step": step, "loss": loss.item(), "accuracy": (chosen > rejected).float().mean().item()})
+            accuracy = (0.5 + 0.5 * (chosen - rejected).sign()).mean().item()  # ties half
+            log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
             tick(2 * self.optimisation.batch_size)
             if step % 50 == 49:
                 save_state(folder, parts, step + 1, log)
-        difference = [
-            torch.cat(
-                [sequence_scores(model, part) for part in recipes.encode(spec, tokenizer, known.check, s).chunks(256)]
+        check_sides = [recipes.encode(spec, tokenizer, known.check, side) for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            chosen, rejected = (
+                torch.cat([sequence_scores(model, part) for part in side.chunks(256)]) for side in check_sides
             )
-            for s in ("chosen", "rejected")
-        ]
-        check = pd.DataFrame({"difference": (difference[0] - difference[1]).detach().cpu().numpy()})
+        check = pd.DataFrame({"difference": (chosen - rejected).cpu().numpy()})
         if known.reward is not None:
             check["true_difference"] = [row["reward_chosen"] - row["reward_rejected"] for row in known.check]
         check.to_parquet(folder / "check.parquet")
@@ -271,6 +272,7 @@ class PPORun(recipes.Training):
         parts = {"policy": (model, make_optimizer(model, self.optimisation))}
         parts["value"] = (value_model, make_optimizer(value_model, self.optimisation))
         first, log = load_state(folder, parts)
+        tick(self.rollouts * (3 + 2 * self.epochs) * first)
         for step in range(first, self.optimisation.steps + 1):
             if step in self.steps() and (step > first or step == 0):
                 self.keep_checkpoint(folder, step, model, reference, tokenizer, check, self.data)
