@@ -33,13 +33,18 @@ if TYPE_CHECKING:
 Score = Callable[[list[str], data.Batch], torch.Tensor]  # (prompts, rollouts) -> one number a rollout
 
 
+def head_of(model: torch.nn.Module) -> torch.nn.Linear:
+    """The layer that `headed` put in the place of the output layer; its name differs between architectures."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
 def headed(kind: type, folder: Path, pad_id: int) -> torch.nn.Module:
     """The policy saved in `folder` with a head of one output in the place of its output layer, at first zero."""
     body = policy.load(str(folder))[0].base_model
     config = AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=pad_id)
     model = kind.from_config(config, dtype=torch.float32)
     model.base_model.load_state_dict(body.state_dict())
-    head = model.score if hasattr(model, "score") else model.classifier
+    head = head_of(model)
     torch.nn.init.zeros_(head.weight)
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
@@ -225,6 +230,11 @@ class PPORun(recipes.Training):
 
         return at
 
+    def _center_values(self, model, reference, value_model, tokenizer, score, prompts: list[str]) -> None:
+        """Let values begin at the mean return, which is far from 0: else the first iterations only learn that number."""
+        objective, _, returns, _ = self.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
+        torch.nn.init.constant_(head_of(value_model).bias, returns[objective.rollouts.response].mean().item())
+
     def _iterate(self, step: int, parts, reference, tokenizer, score, prompts: list[str]) -> dict[str, float]:
         """One iteration: rollouts, then passes over them in minibatches."""
         (model, optimizer), (value_model, value_optimizer) = parts["policy"], parts["value"]
@@ -271,6 +281,8 @@ class PPORun(recipes.Training):
         check = recipes.pairs_objective(store, tokenizer, self.sft, "check", beta=0.1)
         parts = {"policy": (model, make_optimizer(model, self.optimisation))}
         parts["value"] = (value_model, make_optimizer(value_model, self.optimisation))
+        if not (folder / "state.json").exists():
+            self._center_values(model, reference, value_model, tokenizer, score, prompts[: self.rollouts])
         first, log = load_state(folder, parts)
         tick(self.rollouts * (3 + 2 * self.epochs) * first)
         for step in range(first, self.optimisation.steps + 1):
