@@ -231,7 +231,7 @@ class PPORun(recipes.Training):
         return at
 
     def _center_values(self, model, reference, value_model, tokenizer, score, prompts: list[str]) -> None:
-        """Let values begin at the mean return, which is far from 0: else the first iterations only learn that number."""
+        """Let values begin at the mean return, far from 0: else the first iterations only learn that number."""
         objective, _, returns, _ = self.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
         torch.nn.init.constant_(head_of(value_model).bias, returns[objective.rollouts.response].mean().item())
 
