@@ -231,8 +231,12 @@ class PPORun(recipes.Training):
         return at
 
     def _center_values(self, model, reference, value_model, tokenizer, score, prompts: list[str]) -> None:
-        """Let values begin at the mean return, far from 0: else the first iterations only learn that number."""
-        objective, _, returns, _ = self.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
+        """Let values begin at the mean return, far from 0: else the first iterations only learn that number.
+
+        With lambda 1: other returns lean on the values, which are 0 here.
+        """
+        whole = self.model_copy(update={"lam": 1.0})
+        objective, _, returns, _ = whole.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
         torch.nn.init.constant_(head_of(value_model).bias, returns[objective.rollouts.response].mean().item())
 
     def _iterate(self, step: int, parts, reference, tokenizer, score, prompts: list[str]) -> dict[str, float]:
