@@ -38,6 +38,38 @@ def test_every_control_is_tested_by_hand():
     assert set(controls.CONTROLS) == {"full", "positive", "negative", "uniform", "top", "middle", "bottom"}
 
 
+# Rollouts before their first step, with advantages 3, -1, 1/2 in one reply and -2, 0, 4 in another: w = A / 6.
+ADVANTAGES = torch.tensor([[9.0, 3.0, -1.0, 0.5], [9.0, -2.0, 0.0, 4.0]])
+TOKENS = objectives.ppo_weights(
+    torch.zeros(2, 4), torch.zeros(2, 4), ADVANTAGES, torch.tensor([[False, True, True, True]] * 2), clip=0.2
+)
+
+
+@pytest.mark.parametrize(
+    ("control", "expected"),
+    [
+        ("full", [3, -1, 0.5, -2, 0, 4]),
+        ("positive", [3, 0, 0.5, 0, 0, 4]),
+        ("negative", [0, -1, 0, -2, 0, 0]),
+        ("uniform", [1.75, -1.75, 1.75, -1.75, 0, 1.75]),  # (3 + 1 + 1/2 + 2 + 0 + 4) / 6
+        ("top", [3, 0, 0, 0, 0, 4]),  # tokens of one reply are in different thirds
+        ("middle", [0, -1, 0, -2, 0, 0]),
+        ("bottom", [0, 0, 0.5, 0, 0, 0]),
+    ],
+)
+def test_tokens_of_rollouts_by_hand(control, expected):
+    w = controls.apply(control, TOKENS)
+    assert (w[:, 0] == 0).all()
+    assert (6 * w[:, 1:]).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_uniform_does_not_wake_what_the_clip_holds():
+    """Ratio 2, advantages 1 and -3: the first is held and stays at 0, the second gets the mean, 2, for its 3."""
+    now, response = torch.full((1, 2), 2.0).log(), torch.ones(1, 2, dtype=torch.bool)
+    weights = objectives.ppo_weights(now, torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]), response, clip=0.2)
+    assert controls.apply("uniform", weights)[0].tolist() == pytest.approx([0, 2 * -2 / 2])
+
+
 @pytest.fixture
 def weights() -> TokenWeights:
     rng = torch.Generator().manual_seed(0)
@@ -45,8 +77,18 @@ def weights() -> TokenWeights:
     return objectives.dpo_weights(response, torch.rand(11, generator=rng), beta=0.1)
 
 
+@pytest.fixture
+def rollout_weights() -> TokenWeights:
+    rng = torch.Generator().manual_seed(1)
+    response = torch.rand(22, 7, generator=rng) < 0.6
+    now, then, advantages = (torch.randn(22, 7, generator=rng) for _ in range(3))
+    return objectives.ppo_weights(now / 3, then / 3, advantages, response, clip=0.2)
+
+
+@pytest.mark.parametrize("objective", ["weights", "rollout_weights"])
 @pytest.mark.parametrize("parts", [("positive", "negative"), ("top", "middle", "bottom")])
-def test_parts_sum_to_the_whole_and_do_not_overlap(weights, parts):
+def test_parts_sum_to_the_whole_and_do_not_overlap(request, objective, parts):
+    weights = request.getfixturevalue(objective)
     applied = torch.stack([controls.apply(part, weights) for part in parts])
     assert torch.equal(applied.sum(0), weights.w)
     assert ((applied != 0).sum(0) <= 1).all()

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from prefdyn import objectives
-from prefdyn.data import concatenate, pad
-from prefdyn.objectives import DPO, SFT, TokenWeights
+from prefdyn.data import Batch, concatenate, pad
+from prefdyn.objectives import DPO, PPO, SFT, TokenWeights
 from prefdyn.policy import sequence_logps, token_logps
 from toys.models import Table, build, lift_float32, random_batch
 
@@ -146,6 +146,108 @@ def test_omega_never_vanishes():
     assert 0 < omega[0] < 1e-29 and omega[1] == 0.5
 
 
+# Clip 1/5. Ratios and advantages of seven tokens, the surrogate min(r A, clip(r) A) and 7 times the weight of each.
+PPO_CASES = {
+    "inside, raised": (1.0, 2.0, 2.0, 2.0),
+    "inside, lowered": (1.1, -1.0, -1.1, -1.1),
+    "above, to be raised: held": (1.5, 3.0, 3.6, 0.0),  # 1.2 * 3
+    "below, to be raised": (0.5, 3.0, 1.5, 1.5),
+    "above, to be lowered": (1.5, -3.0, -4.5, -4.5),
+    "below, to be lowered: held": (0.5, -3.0, -2.4, 0.0),  # 0.8 * -3
+    "nothing to learn": (1.3, 0.0, 0.0, 0.0),
+}
+
+
+def ppo_cases():
+    """Log-probs now and then, advantages and mask: the cases in two rows, numbers that do not count around them."""
+    ratio, advantages, surrogate, weights = torch.tensor([*PPO_CASES.values()]).T
+    response = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
+    now, then, scale = torch.zeros(2, 6), torch.zeros(2, 6), torch.full((2, 6), 50.0)
+    then[response] = torch.linspace(-3, -1, 7)
+    now[response] = then[response] + ratio.log()
+    scale[response] = advantages
+    return (now, then, scale, response), surrogate, weights
+
+
+def test_ppo_weights_by_hand(double):
+    given, surrogate, expected = ppo_cases()
+    response = given[-1]
+    assert objectives.ppo_surrogate(*given, clip=0.2).item() == pytest.approx(-surrogate.mean().item())
+    weights = objectives.ppo_weights(*given, clip=0.2)
+    assert (7 * weights.w[response]).tolist() == pytest.approx(expected.tolist())
+    assert (weights.w[~response] == 0).all()
+    assert weights.unit.tolist() == [[-1, 0, 1, 2, 3, -1], [-1, -1, 4, 5, 6, -1]]
+    assert weights.strength.tolist() == pytest.approx([2, 1, 3, 3, 3, 3, 0])
+
+
+def test_ppo_metrics_by_hand(double):
+    """Five of seven ratios are more than 1/5 from 1; k3 from the sampling policy is r - 1 - log r."""
+    (now, then, advantages, response), surrogate, _ = ppo_cases()
+    rollouts = Batch(torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.bool), response)
+    metrics = PPO(rollouts, then, advantages, clip=0.2).metrics(now, rollouts, torch.arange(2))
+    ratios = [case[0] for case in PPO_CASES.values()]
+    assert metrics == pytest.approx(
+        {
+            "loss": -surrogate.mean().item(),
+            "clip_fraction": 5 / 7,
+            "ratio_max": 1.5,
+            "moved": sum(r - 1 - math.log(r) for r in ratios) / 7,
+        }
+    )
+
+
+def test_ppo_weights_are_the_gradient_by_log_probs(double):
+    (now, then, advantages, response), _, _ = ppo_cases()
+    rng = torch.Generator().manual_seed(0)
+    now, then, advantages = (torch.cat([t, torch.randn(40, 6, generator=rng)]) for t in (now, then, advantages))
+    response = torch.cat([response, torch.rand(40, 6, generator=rng) < 0.7])
+    now.requires_grad_()
+    (gradient,) = torch.autograd.grad(objectives.ppo_surrogate(now, then, advantages, response, 0.2), now)
+    w = objectives.ppo_weights(now.detach(), then, advantages, response, 0.2).w
+    assert (w + gradient).abs().max() < 1e-10 < w.abs().max()
+
+
+def test_ppo_weights_give_the_gradient_of_the_published_surrogate(models):
+    """-mean of min(r A, clip(r, 1 - eps, 1 + eps) A) over tokens, Schulman et al. 2017, eq. 7, token by token."""
+    model, _ = models
+    rollouts, rng = random_batch(16), torch.Generator().manual_seed(1)
+    shift = torch.tensor([0.1, 0.4, -0.4])[torch.randint(3, rollouts.ids.shape, generator=rng)]
+    then = token_logps(model, rollouts).detach() + shift
+    advantages = torch.randn(rollouts.ids.shape, generator=rng)
+    advantages[:, 4] = 0.0
+    index = torch.tensor([8, 1, 4, 2, 0, 15, 11, 9, 13])
+    terms, cases = [], set()
+    for row in index.tolist():
+        length = int(rollouts.attention[row].sum())  # padded on the right
+        table = F.log_softmax(model(rollouts.ids[row : row + 1, :length]).logits[0], -1)
+        for t in rollouts.response[row].nonzero().flatten().tolist():
+            ratio = (table[t - 1, rollouts.ids[row, t]] - then[row, t]).exp()
+            terms.append(torch.minimum(ratio * advantages[row, t], ratio.clamp(0.8, 1.2) * advantages[row, t]))
+            side = "below" if ratio < 0.8 else "above" if ratio > 1.2 else "inside"
+            cases.add((side, advantages[row, t].sign().item()))
+    assert cases >= {(side, sign) for side in ("below", "inside", "above") for sign in (-1.0, 1.0)}
+    assert any(sign == 0 for _, sign in cases)
+    objective = PPO(rollouts, then, advantages, clip=0.2)
+    loss = -torch.stack(terms).mean()
+    assert_same_gradient(model, loss, objective, index)
+    batch = objective.batch(index)
+    assert objective.metrics(token_logps(model, batch).detach(), batch, index)["loss"] == pytest.approx(loss.item())
+
+
+def test_before_its_first_step_ppo_follows_its_advantages(double):
+    """Now and then are the same policy: every ratio 1, nothing clipped, nothing moved, w = A / number of tokens."""
+    model, rollouts = random_table(), random_batch(6)
+    advantages = torch.randn(rollouts.ids.shape, generator=torch.Generator().manual_seed(0))
+    then = token_logps(model, rollouts).detach()
+    objective, index = PPO(rollouts, then, advantages, clip=0.2), torch.arange(6)
+    batch = objective.batch(index)
+    weights = objective.weights(then, batch, index)
+    assert torch.allclose(weights.w, advantages.masked_fill(~batch.response, 0.0) / batch.response.sum())
+    metrics = objective.metrics(then, batch, index)
+    assert (metrics["ratio_max"], metrics["clip_fraction"], metrics["moved"]) == (1.0, 0.0, 0.0)
+    assert metrics["loss"] == pytest.approx(-advantages[batch.response].mean().item())
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -160,6 +262,10 @@ def test_omega_never_vanishes():
         (
             lambda: DPO(random_batch(3), random_batch(3), torch.zeros(1), torch.zeros(3), 0.1),
             r"differ in number: \[1, 3\]",
+        ),
+        (
+            lambda: PPO(random_batch(3), torch.zeros(3, 1), torch.zeros(3, 1), 0.2),
+            r"PPO: rollouts, log-probs and advantages must share one shape \[N, T\], given .*\(3, 1\)",
         ),
     ],
 )

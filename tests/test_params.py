@@ -27,6 +27,7 @@ def test_every_preset_holds_together(profile, dataset):
     assert p.model_dump() == params.presets(profile, dataset) | {"dataset": dataset, "model": model}
     assert p.width % (2 * p.heads) == 0
     assert p.batch <= p.pairs and p.probe <= max(p.pairs, p.demonstrations)
+    assert p.ppo_batch <= p.rollouts and (dataset == "world" or p.reward == "learned")
 
 
 @pytest.mark.parametrize("profile", ["smoke", "reader"])
@@ -37,6 +38,9 @@ def test_presets_of_the_world_describe_runs(profile):
         assert run.optimisation.steps == round(p.epochs * p.pairs / p.batch)
         assert run.sft.data.seed == run.sft.seed == run.optimisation.seed == seed
         assert len(run.steps()) == p.checkpoints
+        rewarded = plan.ppo_run(p, seed)
+        assert (rewarded.sft, rewarded.control, rewarded.reward) == (run.sft, "full", None)
+        assert (rewarded.optimisation.steps, rewarded.optimisation.batch_size) == (p.iterations, p.ppo_batch)
 
 
 def test_nothing_given_is_the_reader_profile_of_the_world():
@@ -80,6 +84,10 @@ REFUSED = {
         "seeds: given [0, 'x'] (list); allowed: a list",
     ),
     "a text that is no seeds": ({"seeds": "0;1"}, "seeds: given '0;1' (str)"),
+    "a number for a truth": ({"whiten": 1}, "whiten: given 1 (int); allowed: True or False"),
+    "another reward": ({"reward": "loud"}, "reward: given 'loud' (str); allowed: one of true, learned"),
+    "no clip": ({"clip": 0.0}, "clip: given 0.0 (float); allowed: a number > 0"),
+    "more than no discount": ({"gamma": 1.5}, "gamma: given 1.5 (float); allowed: a number > 0 and <= 1"),
     "no training from scratch": ({"sft_steps": 0}, "sft_steps: given 0 (int)"),
 }
 
@@ -98,6 +106,12 @@ def test_all_problems_are_told_at_once():
 @pytest.mark.parametrize(("given", "seeds"), [("0,1, 2", [0, 1, 2]), ("7", [7]), (7, [7]), ([0, 5], [0, 5])])
 def test_seeds_as_a_command_line_gives_them(given, seeds):
     assert check({"seeds": given}).seeds == seeds
+
+
+def test_the_true_reward_as_a_command_line_gives_it():
+    """There reward=true is read as a truth."""
+    assert check({"reward": True}).reward == check({"reward": "true"}).reward == "true"
+    assert "reward: given False (bool); allowed: one of true, learned" in refused(reward=False)
 
 
 def test_a_whole_number_is_a_number():
@@ -186,6 +200,16 @@ def test_parameters_reach_the_measurement():
     assert (measured.probe, measured.size, measured.method) == ("check", 33, "central")
 
 
+def test_a_reward_model_sees_the_pairs_as_often_as_asked():
+    """40 pairs, 4 times in batches of 8; a batch is never larger than the pairs there are."""
+    p = check(SMALL | {"reward_epochs": 4.0})
+    learned = plan.ppo_run(p, 0, reward="learned")
+    assert learned.reward == plan.reward_run(p, 0) and learned.reward.optimisation.steps == 20
+    assert learned.parents()[0] == learned.sft == learned.reward.sft and learned.reward in learned.parents()
+    large = plan.reward_run(p.model_copy(update={"batch": 64}), 0).optimisation
+    assert (large.batch_size, large.steps) == (40, 4)
+
+
 def test_a_file_with_fewer_pairs_makes_fewer_steps(preferences):
     """40 - 8 prompts are left; the check has its share of 8 / (64 + 8): 4 prompts, so 28 pairs to train on."""
     p = check(SMALL | {"dataset": str(preferences), "pairs": 64, "epochs": 2.0})
@@ -215,6 +239,30 @@ def test_settings_that_do_not_fit_the_data_are_named_before_anything_runs(given,
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"ppo_batch": 33}, "ppo_batch: given 33 (int), more than rollouts=32; allowed: 1 to 32"),
+        # the world has 1,536 prompts; 8 are taken away
+        ({"rollouts": 1529}, "rollouts: given 1529 (int), more than the 1528 training prompts; allowed: 2 to 1528"),
+        ({"dataset": "FILE", "reward": "true"}, "reward: given 'true' (str), which only the world has; allowed"),
+        # 40 - 8 prompts, 8 / (40 + 8) of these for the check pairs
+        ({"dataset": "FILE", "rollouts": 28}, "rollouts: given 28 (int), more than the 27 training prompts"),
+    ],
+)
+def test_settings_of_ppo_that_do_not_fit_are_named_before_anything_runs(preferences, given, said):
+    p = check(SMALL | {k: str(preferences) if v == "FILE" else v for k, v in given.items()})
+    with pytest.raises(ParameterError) as error:
+        plan.ppo_run(p, 0)
+    assert said in str(error.value)
+
+
+def test_as_many_rollouts_as_prompts_are_allowed(preferences):
+    assert plan.ppo_run(check(SMALL | {"rollouts": 1528}), 0).rollouts == 1528
+    file = check(SMALL | {"dataset": str(preferences), "rollouts": 27, "ppo_batch": 27})
+    assert plan.ppo_run(file, 0).reward == plan.reward_run(file, 0)
+
+
+@pytest.mark.parametrize(
     ("given", "named"),
     [({"held_out": 1600}, "held_out=1600"), ({"validation": 1500, "held_out": 30}, "validation=1500")],
 )
@@ -235,8 +283,27 @@ def test_a_checkpoint_is_identified_by_its_files(tmp_path):
     assert (on_the_hub.model, on_the_hub.content) == ("some/model", None)
 
 
+PPO = {
+    "iterations": 7, "rollouts": 33, "ppo_epochs": 3, "ppo_batch": 15, "ppo_lr": 2e-3, "value_lr": 2e-3,
+    "reward": "true", "reward_epochs": 9.0, "reward_lr": 2e-3, "clip": 0.3, "value_clip": 0.4, "kl_coefficient": 0.1,
+    "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1, "temperature": 0.9,
+}  # fmt: skip
+
+
+def test_every_parameter_of_ppo_changes_the_key_of_its_runs_alone(tmp_path):
+    store, p = RunStore(tmp_path), check(SMALL | {"reward": "learned"})
+    others = [p.model_copy(update={name: value}) for name, value in PPO.items()]
+    keys = [store.key(plan.ppo_run(q, 0)) for q in (p, *others)]
+    assert len({*keys, store.key(plan.ppo_run(p, 0, control="top"))}) == len(PPO) + 2
+    assert len({store.key(plan.dpo_run(q, 0)) for q in (p, *others)}) == 1
+    run = plan.ppo_run(p.model_copy(update=PPO), 0)
+    same = PPO.keys() & type(run).model_fields.keys() - {"reward"}
+    assert len(same) == 11 and {name: getattr(run, name) for name in same} == {name: PPO[name] for name in same}
+    assert (run.epochs, run.reward, plan.alignment_run(p, run).run) == (3, None, run)
+
+
 def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
-    """Each is changed alone. What only a long run, a file or the memory uses does not count for the short world run."""
+    """Each is changed alone. What only a long run, a file, PPO or the memory uses does not count for short DPO."""
     store, p = RunStore(tmp_path), check(SMALL)
     changed = {
         "seeds": None, "profile": None, "dataset": None, "model": None, "long_epochs": None,
@@ -246,7 +313,8 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_prompts": "train",
         "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
     }  # fmt: skip
-    assert changed.keys() == params.Parameters.model_fields.keys()
+    assert changed.keys() | PPO.keys() == params.Parameters.model_fields.keys()
+    changed |= dict.fromkeys(PPO)
 
     def key(p) -> str:
         return store.key(plan.alignment_run(p, plan.dpo_run(p, 0)))

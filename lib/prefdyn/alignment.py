@@ -20,20 +20,20 @@ from transformers import PreTrainedModel
 from . import controls
 from .data import Batch
 from .objectives import TokenWeights
-from .policy import token_logps
+from .policy import response_columns, response_logits, token_logps
 
 Direction = dict[str, torch.Tensor]  # one tensor a parameter, by its name
 
 
-class _TokenLogps(torch.nn.Module):
-    """`token_logps` as a module, so that `torch.func` can call it with other parameters."""
+class _ResponseLogits(torch.nn.Module):
+    """`response_logits` as a module, so that `torch.func` can call it with other parameters."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return token_logps(self.model, batch)
+        return response_logits(self.model, batch)[0]
 
 
 def gradient(model: PreTrainedModel, parts: Iterable[tuple[Batch, torch.Tensor]]) -> Direction:
@@ -82,13 +82,36 @@ def _forward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tupl
     params = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     fixed = {name: p for name, p in params.items() if name not in tangents}
     moving = {name: p for name, p in params.items() if name in tangents}
-    wrapped = _TokenLogps(model)
+    wrapped = _ResponseLogits(model)
 
-    def logps(moved: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(moved: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(wrapped, {**fixed, **moved}, (batch,))
 
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-        return torch.func.jvp(logps, (moving,), (tangents,))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+        value, tangent = torch.func.jvp(logits, (moving,), (tangents,))
+        return _log_softmax_with_tangent(value, tangent, batch)
+
+
+def _log_softmax_with_tangent(
+    logits: torch.Tensor, tangent: torch.Tensor, batch: Batch, block: int = 2**22
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logps` and its directional derivative from those of the logits [N, C, V], [N, T] each.
+
+    d log p_y = dl_y - sum_v p_v dl_v. Over a large vocabulary this is bound by memory: few passes, in blocks of about
+    `block` numbers, are faster than the derivative of logsumexp that torch would build.
+    """
+    columns = response_columns(batch)
+    targets, mask = batch.ids[:, columns, None], batch.response[:, columns]
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    parts = []
+    for rows in torch.arange(len(batch)).split(max(1, block // logits[0].numel())):
+        own = slice(int(rows[0]), int(rows[-1]) + 1)
+        logp, moved = logits[own].to(exact).log_softmax(-1), tangent[own].to(exact)
+        value = logp.gather(-1, targets[own]).squeeze(-1)
+        mean = torch.matmul(logp.exp_().unsqueeze(-2), moved.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+        parts.append((value, moved.gather(-1, targets[own]).squeeze(-1) - mean))
+    found = (torch.cat(part).masked_fill(~mask, 0.0) for part in zip(*parts, strict=True))
+    return tuple(part.new_zeros(batch.ids.shape).index_copy(1, columns, part) for part in found)
 
 
 @torch.no_grad()

@@ -206,6 +206,10 @@ class Batch:
         keep = slice(int(used.min()), int(used.max()) + 1)
         return Batch(self.ids[index][:, keep], self.attention[index][:, keep], self.response[index][:, keep])
 
+    def take(self, index: torch.Tensor) -> "Batch":
+        """Some rows, with all columns."""
+        return Batch(self.ids[index], self.attention[index], self.response[index])
+
     def chunks(self, size: int) -> list["Batch"]:
         """The rows in order, in chunks of at most `size`, each without the columns that it does not use."""
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
-from . import alignment, controls, recipes
+from . import alignment, controls, ppo, recipes
 from .data import Batch, pad
 from .evaluate import reply
 from .policy import sequence_logps
@@ -29,7 +28,7 @@ class AlignmentRun(recipes.Spec):
     """G and its components on one probe, at every checkpoint of a training run."""
 
     kind: Literal["alignment"] = "alignment"
-    run: recipes.SFTRun | recipes.DPORun
+    run: recipes.SFTRun | recipes.DPORun | ppo.PPORun
     targets: TargetSpec
     probe: Literal["train", "check"]
     size: int  # examples measured at most: pairs for DPO, demonstrations for SFT
@@ -37,12 +36,6 @@ class AlignmentRun(recipes.Spec):
 
     def parents(self) -> list[recipes.Spec]:
         return [self.run, *self.run.parents()]
-
-    def _examples(self) -> int:
-        known = recipes.dataset(self.run.data)
-        if self.run.kind == "sft":
-            return min(self.size, len(known.demonstrations if self.probe == "train" else known.check_demonstrations))
-        return min(self.size, len(known.pairs if self.probe == "train" else known.check))
 
     def work(self) -> float:
         rows = self.size * (1 if self.run.kind == "sft" else 2)
@@ -58,11 +51,10 @@ class AlignmentRun(recipes.Spec):
         run = store.get(self.run)
         model, tokenizer = recipes.final_policy(run)
         targets = self._targets(model, tokenizer)
-        objective = self.run.probe(store, tokenizer, self.probe)
-        index = torch.arange(self._examples(), device=model.device)
+        prober = self.run.prober(store, tokenizer, self.probe, self.size)
         summaries, sequences = [], []
         for step in self.run.steps():
-            part_summary, part_sequences = self._at(run, step, objective, index, targets)
+            part_summary, part_sequences = self._at(run, step, prober, targets)
             summaries.append(part_summary)
             sequences.append(part_sequences)
             tick(self.work() / len(self.run.steps()))
@@ -78,9 +70,10 @@ class AlignmentRun(recipes.Spec):
         asked, answers = reply(model, tokenizer, prompts, temperature=temperature, seed=0, **limits)
         return pad(asked, answers, tokenizer.pad_token_id).to(model.device)
 
-    def _at(self, run, step: int, objective, index: torch.Tensor, targets: Batch):
+    def _at(self, run, step: int, prober: recipes.Prober, targets: Batch):
         """Both tables at one checkpoint."""
         model, _ = recipes.load_checkpoint(run, step)
+        objective, index = prober(step, model)
         batch = objective.batch(index)
         direction = alignment.target_direction(model, targets, self.targets.reduction)
         logps, scores = alignment.token_scores(model, batch, direction, self.method)

@@ -47,6 +47,24 @@ class Parameters(BaseModel):
     batch: int = Field(description="pairs an update of DPO", ge=1)
     micro_batch: int = Field(description="sequences in memory at once in training (0: all)", ge=0)
     optimizer: Literal["adamw", "sgd"] = Field(description="optimiser of SFT and DPO")
+    iterations: int = Field(description="iterations of PPO: rollouts, then passes over them", ge=1)
+    rollouts: int = Field(description="replies sampled in an iteration of PPO", ge=2)
+    ppo_epochs: int = Field(description="passes of PPO over an iteration's rollouts", ge=1)
+    ppo_batch: int = Field(description="rollouts an update of PPO", ge=1)
+    ppo_lr: float = Field(description="learning rate of PPO's policy", gt=0)
+    value_lr: float = Field(description="learning rate of PPO's value model", gt=0)
+    reward: Literal["true", "learned"] = Field(description="PPO's reward: the world's own, or a model of the pairs")
+    reward_epochs: float = Field(description="passes of the reward model over the pairs", gt=0)
+    reward_lr: float = Field(description="learning rate of the reward model", gt=0)
+    clip: float = Field(description="PPO's clip of the probability ratio, on either side of 1", gt=0)
+    value_clip: float = Field(description="how far values count as moved in an iteration (0: no clipping)", ge=0)
+    kl_coefficient: float = Field(description="PPO's penalty for a nat of KL to the reference, in points", ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(description="estimator of a token's KL in PPO's penalty")
+    gamma: float = Field(description="PPO's discount of later rewards", gt=0, le=1)
+    lam: float = Field(description="lambda of generalised advantage estimation", ge=0, le=1)
+    whiten: bool = Field(description="scale advantages to mean 0 and deviation 1 in an iteration")
+    stop_kl: float = Field(description="nats a token that end an iteration's passes early (0: never)", ge=0)
+    temperature: float = Field(description="temperature of PPO's rollouts", gt=0)
     checkpoints: int = Field(description="checkpoints a run, the first and last step included", ge=2)
     probe: int = Field(description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2)
     target_prompts: Literal["held_out", "train"] = Field(description="prompts of the final responses D'")
@@ -68,6 +86,12 @@ class Parameters(BaseModel):
             raise ValueError("no negative seed")
         return value
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _reward(cls, value: Any) -> Any:
+        """Accept True, as which a command line's reward=true is read."""
+        return "true" if value is True else value
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
@@ -87,6 +111,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2.0,
         "long_epochs": 6.0,
         "batch": 32,
+        "iterations": 6,
+        "rollouts": 32,
+        "ppo_batch": 16,
+        "ppo_lr": 1e-3,
+        "value_lr": 1e-3,
+        "reward_lr": 1e-3,
+        "reward_epochs": 2.0,
+        "kl_coefficient": 0.05,
         "checkpoints": 4,
         "probe": 128,
     },
@@ -107,6 +139,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2.0,
         "long_epochs": 12.0,
         "batch": 32,
+        "iterations": 60,
+        "rollouts": 64,
+        "ppo_batch": 32,
+        "ppo_lr": 3e-4,
+        "value_lr": 3e-3,
+        "reward_lr": 1e-3,
+        "reward_epochs": 4.0,
+        "kl_coefficient": 0.05,
         "checkpoints": 9,
         "probe": 1024,
     },
@@ -129,6 +169,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2.0,
         "long_epochs": 8.0,
         "batch": 512,
+        "iterations": 500,
+        "rollouts": 256,
+        "ppo_batch": 64,
+        "ppo_lr": 1e-6,
+        "value_lr": 5e-6,
+        "reward": "learned",
+        "reward_lr": 1e-5,
+        "reward_epochs": 1.0,
+        "kl_coefficient": 0.05,
         "checkpoints": 9,
         "probe": 2048,
         "max_prompt": 512,
@@ -147,6 +196,16 @@ COMMON = {
     "beta": 0.1,
     "micro_batch": 0,
     "optimizer": "adamw",
+    "ppo_epochs": 2,
+    "reward": "true",
+    "clip": 0.2,
+    "value_clip": 0.0,
+    "kl_estimator": "k1",
+    "gamma": 1.0,
+    "lam": 0.95,
+    "whiten": True,
+    "stop_kl": 0.0,
+    "temperature": 1.0,
     "target_prompts": "held_out",
     "target_decoding": "greedy",
     "target_reduction": "sum",
@@ -154,7 +213,7 @@ COMMON = {
 }
 # Real text is longer and harder than the world's.
 FILE = {
-    "smoke": {"max_prompt": 24, "max_response": 32, "vocab_size": 512},
+    "smoke": {"max_prompt": 24, "max_response": 32, "vocab_size": 512, "reward": "learned"},
     "reader": {
         "max_prompt": 32,
         "max_response": 48,
@@ -165,6 +224,7 @@ FILE = {
         "sft_lr": 2e-3,
         "sft_batch": 32,
         "long_epochs": 8.0,
+        "reward": "learned",
     },
     "paper": {},
 }
@@ -185,6 +245,7 @@ def _allowed(name: str) -> str:
     words = {
         "integer": "a whole number",
         "number": "a number",
+        "boolean": "True or False",
         "string": "a text",
         "array": "a list of different seeds, e.g. 0,1,2",
     }

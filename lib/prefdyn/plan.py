@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .measure import AlignmentRun, TargetSpec
 from .params import ParameterError, Parameters
+from .ppo import PPORun, RewardRun
 from .recipes import DataSpec, DPORun, PolicySpec, SFTRun, dataset
 from .runs import file_hash
 from .train import Optimisation
@@ -113,7 +114,59 @@ def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False)
     )
 
 
-def alignment_run(p: Parameters, run: SFTRun | DPORun, probe: str = "train") -> AlignmentRun:
+def reward_run(p: Parameters, seed: int) -> RewardRun:
+    """A reward model trained on the pairs, from the SFT policy of the same seed."""
+    sft = sft_run(p, seed)
+    pairs = len(dataset(sft.data).pairs)
+    batch = min(p.batch, pairs)
+    steps = max(1, round(p.reward_epochs * pairs / batch))
+    return RewardRun(sft=sft, optimisation=Optimisation(steps=steps, batch_size=batch, lr=p.reward_lr, seed=seed))
+
+
+def ppo_run(p: Parameters, seed: int, control: str = "full", reward: str | None = None) -> PPORun:
+    """PPO from the SFT policy of the same seed; `reward` "true" or "learned", by default as the parameter says."""
+    reward = reward or p.reward
+    if reward == "true" and p.dataset != "world":
+        raise ParameterError("reward: given 'true' (str), which only the world has; allowed here: learned")
+    if p.ppo_batch > p.rollouts:
+        raise ParameterError(
+            f"ppo_batch: given {p.ppo_batch} (int), more than rollouts={p.rollouts}; allowed: 1 to {p.rollouts}"
+        )
+    sft = sft_run(p, seed)
+    prompts = len(dataset(sft.data).prompts["train"])
+    if p.rollouts > prompts:
+        raise ParameterError(
+            f"rollouts: given {p.rollouts} (int), more than the {prompts} training prompts; allowed: 2 to {prompts}"
+        )
+    return PPORun(
+        sft=sft,
+        reward=None if reward == "true" else reward_run(p, seed),
+        control=control,
+        optimisation=Optimisation(
+            steps=p.iterations,
+            batch_size=p.ppo_batch,
+            lr=p.ppo_lr,
+            optimizer=p.optimizer,
+            schedule="constant",
+            seed=seed,
+        ),
+        checkpoints=p.checkpoints,
+        rollouts=p.rollouts,
+        epochs=p.ppo_epochs,
+        value_lr=p.value_lr,
+        clip=p.clip,
+        value_clip=p.value_clip,
+        kl_coefficient=p.kl_coefficient,
+        kl_estimator=p.kl_estimator,
+        gamma=p.gamma,
+        lam=p.lam,
+        whiten=p.whiten,
+        stop_kl=p.stop_kl,
+        temperature=p.temperature,
+    )
+
+
+def alignment_run(p: Parameters, run: SFTRun | DPORun | PPORun, probe: str = "train") -> AlignmentRun:
     """The measurement of a training run on one probe, with the declared choices of the parameters."""
     return AlignmentRun(
         run=run,

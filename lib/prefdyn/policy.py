@@ -126,13 +126,18 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
     tokenizer.save_pretrained(folder)
 
 
+def response_columns(batch: Batch) -> torch.Tensor:
+    """The columns of `batch` that hold a response token in any row, [C]; the first column has no prediction."""
+    return batch.response[:, 1:].any(0).nonzero().squeeze(-1) + 1
+
+
 def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, C, V] that predict the C columns of `batch` that hold a response token in any row, and those columns.
+    """Logits [N, C, V] that predict the C `response_columns` of `batch`, and those columns.
 
     The output layer, the dearest part of a small model with a large vocabulary, is computed for these only. Positions
     are counted from the first real token, so a row's logits do not depend on its padding, on either side.
     """
-    columns = batch.response[:, 1:].any(0).nonzero().squeeze(-1) + 1
+    columns = response_columns(batch)
     attention = batch.attention.long()
     out = model(
         input_ids=batch.ids,

@@ -2,9 +2,11 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, SerializationInfo, field_serializer
@@ -125,8 +127,11 @@ def final_policy(run: "Run") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device()), tokenizer
 
 
-class _Training(Spec):
-    """What training runs share: the loop over checkpoints, what is evaluated there, and the files."""
+Prober = Callable[[int, PreTrainedModel], tuple[Objective, torch.Tensor]]  # (step, policy) -> objective, examples
+
+
+class Training(Spec):
+    """What training runs share: when checkpoints are kept, what is evaluated there, and the files that are left."""
 
     optimisation: Optimisation
     checkpoints: int
@@ -135,63 +140,91 @@ class _Training(Spec):
         """The steps at which the run keeps a checkpoint."""
         return checkpoint_steps(self.optimisation.steps, self.checkpoints)
 
-    def _train(
+    def keep_checkpoint(
         self,
         folder: Path,
-        tick,
+        step: int,
         model: PreTrainedModel,
+        reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
-        objective: Objective,
         check: Objective,
         spec: DataSpec,
-        reference: PreTrainedModel | None,
-        control: str = "full",
     ) -> None:
-        """Train, and write checkpoint-STEP.safetensors, steps, checkpoints and replies (parquet), policy/."""
-        on_check = torch.arange(min(check.size, 512), device=model.device)
+        """Evaluate on held-out prompts and on the objective `check`; write checkpoint-STEP and evaluation-STEP."""
+        limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
+        seed = self.optimisation.seed
+        metrics, replies = evaluate(model, reference, tokenizer, dataset(spec), seed=seed, **limits)
+        index = torch.arange(min(check.size, 512), device=model.device)
+        batch = check.batch(index)
+        with torch.no_grad():
+            logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
+        checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, index).items()}
+        save_model(model, str(folder / f"checkpoint-{step}.safetensors"))
+        kept = {"metrics": metrics | checked, "replies": replies}
+        (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
 
-        def on_checkpoint(step: int) -> None:
-            metrics, replies = evaluate(
-                model,
-                reference,
-                tokenizer,
-                dataset(spec),
-                max_prompt=spec.max_prompt,
-                max_response=spec.max_response,
-                seed=self.optimisation.seed,
-            )
-            batch = check.batch(on_check)
-            with torch.no_grad():
-                logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
-            checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, on_check).items()}
-            save_model(model, str(folder / f"checkpoint-{step}.safetensors"))
-            kept = {"metrics": metrics | checked, "replies": replies}
-            (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
+    def finish(
+        self,
+        folder: Path,
+        log: list[dict],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        before: "Run | None" = None,
+    ) -> None:
+        """Write steps, checkpoints and replies (parquet) and policy/, and clear what only continuing needed.
 
-        rows_a_step = len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
-        log = fit(
-            model,
-            objective,
-            self.optimisation,
-            control=control,
-            at=self.steps(),
-            on_checkpoint=on_checkpoint,
-            state=folder,
-            tick=lambda: tick(rows_a_step),
-        )
+        before: the SFT run that training started from, for the win rate against its final greedy replies.
+        """
         pd.DataFrame(log).to_parquet(folder / "steps.parquet")
         kept = {step: json.loads((folder / f"evaluation-{step}.json").read_text()) for step in self.steps()}
         replies = [{"step": step, "index": i, **row} for step, k in kept.items() for i, row in enumerate(k["replies"])]
         table = pd.DataFrame([{"step": step, **k["metrics"]} for step, k in kept.items()])
+        replies = pd.DataFrame(replies)
+        if before is not None:
+            baseline = before.frame("replies").query("step == step.max()")["reward"].to_numpy()
+            wins = {step: win_rate(rows["reward"], baseline) for step, rows in replies.groupby("step")}
+            table["win_rate"] = float("nan") if np.isnan(baseline).all() else table["step"].map(wins)
         table.to_parquet(folder / "checkpoints.parquet")
-        pd.DataFrame(replies).to_parquet(folder / "replies.parquet")
+        replies.to_parquet(folder / "replies.parquet")
         policy.save(model, tokenizer, folder / "policy")
         # state.json first: without it nothing else is taken for a state to continue from
         for done in [folder / "state.json", *folder.glob("state-*"), *folder.glob("evaluation-*.json")]:
             done.unlink()
 
 
-class SFTRun(_Training):
+class _Fitted(Training):
+    """Training on examples that are there beforehand."""
+
+    def prober(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str, size: int) -> Prober:
+        """What G is measured on at a step: here the same examples at every step."""
+        objective = self.probe(store, tokenizer, probe)
+        index = torch.arange(min(size, objective.size), device=device())
+        return lambda step, model: (objective, index)
+
+    def _fit(
+        self,
+        folder: Path,
+        tick,
+        model: PreTrainedModel,
+        objective: Objective,
+        keep: Callable[[int], None],
+        control: str = "full",
+    ) -> list[dict]:
+        """Train and keep checkpoints; returns the log."""
+        rows_a_step = len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
+        return fit(
+            model,
+            objective,
+            self.optimisation,
+            control=control,
+            at=self.steps(),
+            on_checkpoint=keep,
+            state=folder,
+            tick=lambda: tick(rows_a_step),
+        )
+
+
+class SFTRun(_Fitted):
     """Supervised fine-tuning on demonstrations, from random weights or from a checkpoint."""
 
     kind: Literal["sft"] = "sft"
@@ -215,7 +248,11 @@ class SFTRun(_Training):
         model, tokenizer = _start(self.policy, self.data, self.seed)
         model.to(device())
         train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
-        self._train(folder, tick, model, tokenizer, train, check, self.data, None)
+
+        def keep(step: int) -> None:
+            self.keep_checkpoint(folder, step, model, None, tokenizer, check, self.data)
+
+        self.finish(folder, self._fit(folder, tick, model, train, keep), model, tokenizer)
 
 
 class ReferenceRun(Spec):
@@ -242,7 +279,17 @@ class ReferenceRun(Spec):
         tick(self.work())
 
 
-class DPORun(_Training):
+def pairs_objective(store: "RunStore", tokenizer: PreTrainedTokenizerBase, sft: SFTRun, probe: str, beta: float) -> DPO:
+    """DPO's objective on the "train" or "check" pairs, with the SFT policy as the reference."""
+    known = dataset(sft.data)
+    rows = known.pairs if probe == "train" else known.check
+    reference = store.get(ReferenceRun(sft=sft)).frame(probe)
+    ref_chosen, ref_rejected = (torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected"))
+    chosen, rejected = (encode(sft.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
+    return DPO(chosen, rejected, ref_chosen, ref_rejected, beta)
+
+
+class DPORun(_Fitted):
     """Direct preference optimisation from an SFT policy, under a control."""
 
     kind: Literal["dpo"] = "dpo"
@@ -262,24 +309,16 @@ class DPORun(_Training):
 
     def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> DPO:
         """The objective on the pairs it trains on ("train") or on pairs like them ("check")."""
-        known = dataset(self.data)
-        rows = known.pairs if probe == "train" else known.check
-        reference = store.get(ReferenceRun(sft=self.sft)).frame(probe)
-        ref_chosen, ref_rejected = (
-            torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected")
-        )
-        chosen, rejected = (encode(self.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
-        return DPO(chosen, rejected, ref_chosen, ref_rejected, self.beta)
+        return pairs_objective(store, tokenizer, self.sft, probe, self.beta)
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         start = store.get(self.sft)
         model, tokenizer = final_policy(start)
         reference, _ = final_policy(start)
         train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
-        self._train(folder, tick, model, tokenizer, train, check, self.data, reference, self.control)
-        before = start.frame("replies").query("step == step.max()")["reward"].to_numpy()
-        table, replies = (pd.read_parquet(folder / f"{name}.parquet") for name in ("checkpoints", "replies"))
-        wins = {step: win_rate(rows["reward"], before) for step, rows in replies.groupby("step")}
-        known = dataset(self.data).reward is not None
-        table["win_rate"] = table["step"].map(wins) if known else float("nan")
-        table.to_parquet(folder / "checkpoints.parquet")
+
+        def keep(step: int) -> None:
+            self.keep_checkpoint(folder, step, model, reference, tokenizer, check, self.data)
+
+        log = self._fit(folder, tick, model, train, keep, self.control)
+        self.finish(folder, log, model, tokenizer, before=start)

@@ -68,6 +68,17 @@ def _siblings(tree: ast.AST) -> set[str]:
     return {n.module for n in nodes if n.module} | {a.name for n in nodes if not n.module for a in n.names}
 
 
+# Read when the code is loaded, not when it is first asked for: an edit in between belongs to the next process.
+_LOADED = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
+
+
+def _source(package: str, name: str) -> str:
+    """Source of a module, for our own package as it was when this process started."""
+    if package == __package__:
+        return _LOADED[name]
+    return Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
+
+
 @functools.cache
 def code_fingerprint(module: str) -> str:
     """Hash of `module` (e.g. "prefdyn.recipes") and all modules of its package that it reaches by imports.
@@ -81,11 +92,10 @@ def code_fingerprint(module: str) -> str:
         if name in seen:
             continue
         seen.add(name)
-        source = Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
-        todo += sorted(_siblings(ast.parse(source)))
+        todo += sorted(_siblings(ast.parse(_source(package, name))))
     for name in sorted(seen):
-        source = Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
-        digest.update(f"{name}\n{ast.dump(_without_docstrings(ast.parse(source)))}\n".encode())
+        tree = _without_docstrings(ast.parse(_source(package, name)))
+        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
     return digest.hexdigest()
 
 

@@ -80,3 +80,23 @@ def sign_summary(g: Sequence[float], se: Sequence[float], level: float = 0.95) -
         "negative": float((sign < 0).mean()),
         "flips": float((sure[1:] != sure[:-1]).sum()),
     }
+
+
+def subsample_sureness(sequences: pd.DataFrame, n: int, draws: int = 40, level: float = 0.95, seed: int = 0) -> float:
+    """How often a probe of `n` examples is sure of the sign that the whole probe gives to G, mean over steps.
+
+    Args: sequences, a table with the columns step, example and full (an example's contribution to G). For each step,
+    `draws` subsets of `n` examples are drawn without replacement; one is sure if its normal interval excludes 0 on the
+    side of the sum over all. Raises ValueError if `n` is below 2 or above the number of examples.
+    """
+    wide = sequences.pivot(index="step", columns="example", values="full").to_numpy()
+    if not 2 <= n <= wide.shape[1]:
+        raise ValueError(f"subsample_sureness: n={n} must be between 2 and the {wide.shape[1]} examples")
+    rng = np.random.default_rng(seed)
+    z = stats.norm.ppf((1 + level) / 2)
+    sure = []
+    for _ in range(draws):
+        drawn = wide[:, rng.permutation(wide.shape[1])[:n]]
+        mean, error = drawn.mean(1), drawn.std(1, ddof=1) / math.sqrt(n)
+        sure.append((mean * np.sign(wide.sum(1)) > z * error).mean())
+    return float(np.mean(sure))

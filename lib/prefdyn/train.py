@@ -58,7 +58,7 @@ def learning_rate(config: Optimisation, step: int) -> float:
     return config.lr * (config.steps - step) / max(1, config.steps - warm)
 
 
-def make_optimizer(model: PreTrainedModel, config: Optimisation) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: Optimisation) -> torch.optim.Optimizer:
     """AdamW or plain SGD over all parameters. Raises ValueError for another name."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -125,11 +125,16 @@ def update(
     return objective.metrics(fixed, batch, index) | {"gradient_norm": norm.item()}
 
 
-def _save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, step: int, log: list[dict]):
+Parts = dict[str, tuple[torch.nn.Module, torch.optim.Optimizer]]  # what is trained, by name, with its optimiser
+
+
+def save_state(folder: Path, parts: Parts, step: int, log: list[dict]) -> None:
     """Write everything that continuing needs; the JSON file, written last and in one move, makes it valid."""
-    tensors = {f"model/{k}": v for k, v in model.state_dict().items()}
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{k}": v for k, v in state.items()}
+    tensors = {}
+    for part, (model, optimizer) in parts.items():
+        tensors |= {f"{part}/model/{k}": v for k, v in model.state_dict().items()}
+        for number, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{part}/optimizer/{number}/{k}": v for k, v in state.items()}
     weights = f"state-{step}.safetensors"
     save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / weights)
     new = folder / "state.json.new"
@@ -140,18 +145,21 @@ def _save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
             old.unlink()
 
 
-def _load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict]]:
+def load_state(folder: Path, parts: Parts) -> tuple[int, list[dict]]:
+    """Bring `parts` to where `save_state` left them; returns the step and the log, (0, []) if there is no state."""
     if not (folder / "state.json").exists():
         return 0, []
     state = json.loads((folder / "state.json").read_text())
     tensors = load_file(folder / state["weights"])  # each goes to its place from here
-    model.load_state_dict({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-    full = optimizer.state_dict()
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, number, name = key.split("/")
-            full["state"].setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict(full)
+    for part, (model, optimizer) in parts.items():
+        own = {k.removeprefix(f"{part}/"): v for k, v in tensors.items() if k.startswith(f"{part}/")}
+        model.load_state_dict({k.removeprefix("model/"): v for k, v in own.items() if k.startswith("model/")})
+        full = optimizer.state_dict()
+        for key, value in own.items():
+            if key.startswith("optimizer/"):
+                _, number, name = key.split("/")
+                full["state"].setdefault(int(number), {})[name] = value
+        optimizer.load_state_dict(full)
     return state["step"], state["log"]
 
 
@@ -178,14 +186,15 @@ def fit(
     if config.steps and config.batch_size > objective.size:
         raise ValueError(f"batch_size={config.batch_size}: more than the {objective.size} examples there are")
     optimizer = make_optimizer(model, config)
-    start, log = _load_state(state, model, optimizer) if state else (0, [])
+    parts = {"policy": (model, optimizer)}
+    start, log = load_state(state, parts) if state else (0, [])
     for _ in range(start):
         tick()
     for step in range(start, config.steps + 1):
         if step in at and (step > start or step == 0):
             on_checkpoint(step)
             if state:
-                _save_state(state, model, optimizer, step, log)
+                save_state(state, parts, step, log)
         if step == config.steps:
             break
         for group in optimizer.param_groups:

@@ -1,0 +1,300 @@
+"""Proximal policy optimisation on replies, and the reward model it may learn from, as specs of the run store.
+
+One iteration: sample replies to training prompts, score them, subtract a penalty for each token's KL to the reference,
+turn rewards and values into advantages, and take several passes of clipped policy steps and value steps over them. The
+policy steps go through the same token weights and the same `update` as every other objective.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
+from torch.nn.utils import clip_grad_norm_
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from . import data, policy, recipes, rollout
+from .evaluate import reply, rewards
+from .objectives import PPO
+from .train import Optimisation, example_order, learning_rate, load_state, make_optimizer, save_state, update
+
+if TYPE_CHECKING:
+    from .runs import RunStore
+
+Score = Callable[[list[str], data.Batch], torch.Tensor]  # (prompts, rollouts) -> one number a rollout
+
+
+def head_of(model: torch.nn.Module) -> torch.nn.Linear:
+    """The layer that `headed` put in the place of the output layer; its name differs between architectures."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def headed(kind: type, folder: Path, pad_id: int) -> torch.nn.Module:
+    """The policy saved in `folder` with a head of one output in the place of its output layer, at first zero."""
+    body = policy.load(str(folder))[0].base_model
+    config = AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=pad_id)
+    model = kind.from_config(config, dtype=torch.float32)
+    model.base_model.load_state_dict(body.state_dict())
+    head = head_of(model)
+    torch.nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        torch.nn.init.zeros_(head.bias)
+    return model.eval().to(recipes.device())
+
+
+def _inputs(batch: data.Batch) -> dict[str, torch.Tensor]:
+    """What a model reads of a batch; positions are counted from the first real token."""
+    attention = batch.attention.long()
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": batch.ids, "attention_mask": attention, "position_ids": positions}
+
+
+def token_values(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
+    """Value of the state in which each token is chosen, [N, T], zero outside responses."""
+    out = model(**_inputs(batch)).logits.squeeze(-1)
+    return F.pad(out[:, :-1], (1, 0)).masked_fill(~batch.response, 0.0)
+
+
+def sequence_scores(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
+    """Score of each reply by a reward model, [N]: its head at the last token, also where that is the padding token."""
+    states = model.base_model(**_inputs(batch)).last_hidden_state
+    rows = torch.arange(len(batch), device=states.device)
+    return model.score(states[rows, rollout.last_token(batch.response)]).squeeze(-1)
+
+
+class RewardRun(recipes.Spec):
+    """A reward model: the SFT policy with a scalar head, trained on pairs by -log sigmoid(r_chosen - r_rejected)."""
+
+    kind: Literal["reward"] = "reward"
+    sft: recipes.SFTRun
+    optimisation: Optimisation
+
+    def parents(self) -> list[recipes.Spec]:
+        return [self.sft]
+
+    def work(self) -> float:
+        return 2 * self.optimisation.steps * self.optimisation.batch_size
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        """Write model/, steps.parquet, and check.parquet: score differences of the check pairs."""
+        start, spec = store.get(self.sft), self.sft.data
+        _, tokenizer = recipes.final_policy(start)
+        known = recipes.dataset(spec)
+        sides = [recipes.encode(spec, tokenizer, known.pairs, side) for side in ("chosen", "rejected")]
+        model = headed(AutoModelForSequenceClassification, start.folder / "policy", tokenizer.pad_token_id)
+        optimizer = make_optimizer(model, self.optimisation)
+        parts = {"reward": (model, optimizer)}
+        first, log = load_state(folder, parts)
+        tick(2 * self.optimisation.batch_size * first)
+        for step in range(first, self.optimisation.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.optimisation, step)
+            index = example_order(len(known.pairs), step, self.optimisation).to(recipes.device())
+            chosen, rejected = (sequence_scores(model, side.rows(index)) for side in sides)
+            loss = -F.logsigmoid(chosen - rejected).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            clip_grad_norm_(model.parameters(), self.optimisation.clip or float("inf"))
+            optimizer.step()
+            accuracy = (0.5 + 0.5 * (chosen - rejected).sign()).mean().item()  # ties half
+            log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
+            tick(2 * self.optimisation.batch_size)
+            if step % 50 == 49:
+                save_state(folder, parts, step + 1, log)
+        check_sides = [recipes.encode(spec, tokenizer, known.check, side) for side in ("chosen", "rejected")]
+        with torch.no_grad():
+            chosen, rejected = (
+                torch.cat([sequence_scores(model, part) for part in side.chunks(256)]) for side in check_sides
+            )
+        check = pd.DataFrame({"difference": (chosen - rejected).cpu().numpy()})
+        if known.reward is not None:
+            check["true_difference"] = [row["reward_chosen"] - row["reward_rejected"] for row in known.check]
+        check.to_parquet(folder / "check.parquet")
+        pd.DataFrame(log).to_parquet(folder / "steps.parquet")
+        policy.save(model, tokenizer, folder / "model")
+        for done in [folder / "state.json", *folder.glob("state-*")]:
+            done.unlink(missing_ok=True)
+
+
+class PPORun(recipes.Training):
+    """PPO from an SFT policy. `optimisation.steps` counts iterations, its batch size is that of a minibatch."""
+
+    kind: Literal["ppo"] = "ppo"
+    sft: recipes.SFTRun
+    reward: RewardRun | None  # None: the world's true reward
+    control: str
+    rollouts: int  # replies an iteration
+    epochs: int  # passes over them
+    value_lr: float
+    clip: float
+    value_clip: float  # 0: none
+    kl_coefficient: float
+    kl_estimator: Literal["k1", "k2", "k3"]
+    gamma: float
+    lam: float
+    whiten: bool
+    stop_kl: float  # nats a token from the sampling policy at which an iteration's passes end; 0: never
+    temperature: float
+
+    @property
+    def data(self) -> recipes.DataSpec:
+        return self.sft.data
+
+    def parents(self) -> list[recipes.Spec]:
+        return [self.sft, recipes.ReferenceRun(sft=self.sft), *([self.reward] if self.reward else [])]
+
+    def work(self) -> float:
+        return self.optimisation.steps * self.rollouts * (3 + 2 * self.epochs)
+
+    def score(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase) -> Score:
+        """What rollouts are rewarded by. Raises ValueError if the true reward is asked for and not known."""
+        known = recipes.dataset(self.data)
+        if self.reward is not None:
+            model = AutoModelForSequenceClassification.from_pretrained(store.get(self.reward).folder / "model")
+            model.eval().to(recipes.device())
+            return torch.no_grad()(lambda prompts, batch: sequence_scores(model, batch))
+        if known.reward is None:
+            raise ValueError("reward='true': the true reward of this dataset is not known; use 'learned'")
+
+        def true_reward(prompts: list[str], batch: data.Batch) -> torch.Tensor:
+            answers = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.response, strict=True)]
+            points = rewards(known, prompts, policy.decode(tokenizer, answers))
+            return torch.tensor(points, device=batch.ids.device)
+
+        return true_reward
+
+    def collect(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        value_model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        score: Score,
+        prompts: list[str],
+        seed: int,
+        size: int,
+    ) -> tuple[PPO, torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Sample one reply to each prompt; returns the objective on them, old values, returns and metrics.
+
+        Passes are in chunks of `size` rows with all columns: the same shapes as the minibatches of the first pass, so
+        that its first ratio is exactly 1.
+        """
+        limits = {"max_prompt": self.data.max_prompt, "max_response": self.data.max_response}
+        asked, answers = reply(model, tokenizer, prompts, temperature=self.temperature, seed=seed, **limits)
+        batch = data.pad(asked, answers, tokenizer.pad_token_id).to(model.device)
+        with torch.no_grad():
+            old, ref, values = (
+                torch.cat([f(m, part) for part in batch.slices(size)])
+                for f, m in ((policy.token_logps, model), (policy.token_logps, reference), (token_values, value_model))
+            )
+        points = score(prompts, batch)
+        kl = rollout.kl_estimate(old, ref, self.kl_estimator)
+        token_rewards = rollout.token_rewards(points, kl, batch.response, self.kl_coefficient)
+        advantages, returns = rollout.gae(token_rewards, values, batch.response, self.gamma, self.lam)
+        inside = batch.response
+        metrics = {
+            "reward": points.mean().item(),
+            "return": token_rewards.sum(-1).mean().item(),
+            "kl": (old - ref).sum(-1).mean().item(),
+            "entropy": -old[inside].mean().item(),
+            "length": inside.sum(-1).float().mean().item(),
+            "distinct": len({tuple(a) for a in answers}) / len(answers),
+            "explained_variance": rollout.explained_variance(values[inside], returns[inside]),
+        }
+        if self.whiten:
+            advantages = rollout.whiten(advantages, inside)
+        return PPO(batch, old, advantages, self.clip), values, returns, metrics
+
+    def prober(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str, size: int) -> recipes.Prober:
+        """What G is measured on at a step: fresh rollouts of that step's policy, with that step's values."""
+        run, start = store.get(self), store.get(self.sft)
+        reference, _ = recipes.final_policy(start)
+        value_model = headed(AutoModelForTokenClassification, start.folder / "policy", tokenizer.pad_token_id)
+        score = self.score(store, tokenizer)
+        prompts = recipes.dataset(self.data).prompts["train"][:size]
+
+        def at(step: int, model: PreTrainedModel) -> tuple[PPO, torch.Tensor]:
+            load_model(value_model, run.folder / f"value-{step}.safetensors")
+            seed = 2 * step + 2_000_000 * (1 + recipes.PROBES.index(probe))  # even: training's seeds are odd
+            collected = self.collect(model, reference, value_model, tokenizer, score, prompts, seed, 256)
+            return collected[0], torch.arange(len(prompts), device=model.device)
+
+        return at
+
+    def _center_values(self, model, reference, value_model, tokenizer, score, prompts: list[str]) -> None:
+        """Let values begin at the mean return, far from 0: else the first iterations only learn that number.
+
+        With lambda 1: other returns lean on the values, which are 0 here.
+        """
+        whole = self.model_copy(update={"lam": 1.0})
+        objective, _, returns, _ = whole.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
+        torch.nn.init.constant_(head_of(value_model).bias, returns[objective.rollouts.response].mean().item())
+
+    def _iterate(self, step: int, parts, reference, tokenizer, score, prompts: list[str]) -> dict[str, float]:
+        """One iteration: rollouts, then passes over them in minibatches."""
+        (model, optimizer), (value_model, value_optimizer) = parts["policy"], parts["value"]
+        config = self.optimisation
+        for part, lr in ((optimizer, config.lr), (value_optimizer, self.value_lr)):
+            for group in part.param_groups:
+                group["lr"] = learning_rate(config, step) / config.lr * lr
+        order = Optimisation(steps=config.steps, batch_size=self.rollouts, lr=config.lr, seed=config.seed)
+        chosen = [prompts[i] for i in example_order(len(prompts), step, order).tolist()]
+        seed = (config.seed * 100_003 + step) * 2 + 1
+        objective, old_values, returns, metrics = self.collect(
+            model, reference, value_model, tokenizer, score, chosen, seed, config.batch_size
+        )
+        made: list[dict[str, float]] = []
+        for epoch in range(self.epochs):
+            rng = torch.Generator().manual_seed(seed * 101 + epoch)
+            rows = torch.arange(objective.size) if epoch == 0 else torch.randperm(objective.size, generator=rng)
+            for index in rows.to(model.device).split(config.batch_size):
+                if made and 0 < self.stop_kl < made[-1]["moved"]:
+                    break
+                step_metrics = update(model, objective, optimizer, index, self.control, config.clip)
+                batch = objective.batch(index)
+                values = token_values(value_model, batch)
+                loss = rollout.value_loss(values, old_values[index], returns[index], batch.response, self.value_clip)
+                value_optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                clip_grad_norm_(value_model.parameters(), config.clip or float("inf"))
+                value_optimizer.step()
+                made.append(step_metrics | {"value_loss": loss.item()})
+        mean = pd.DataFrame(made).mean().to_dict()
+        first = {f"first_{name}": made[0][name] for name in ("ratio_max", "clip_fraction")}
+        return {"step": step, **metrics, **mean, **first, "updates": len(made), "lr": optimizer.param_groups[0]["lr"]}
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        """Write what every training run writes, and the value model at each checkpoint."""
+        start = store.get(self.sft)
+        model, tokenizer = recipes.final_policy(start)
+        reference, _ = recipes.final_policy(start)
+        value_model = headed(AutoModelForTokenClassification, start.folder / "policy", tokenizer.pad_token_id)
+        score = self.score(store, tokenizer)
+        prompts = recipes.dataset(self.data).prompts["train"]
+        if self.rollouts > len(prompts):
+            raise ValueError(f"rollouts={self.rollouts}: more than the {len(prompts)} training prompts")
+        check = recipes.pairs_objective(store, tokenizer, self.sft, "check", beta=0.1)
+        parts = {"policy": (model, make_optimizer(model, self.optimisation))}
+        parts["value"] = (value_model, make_optimizer(value_model, self.optimisation))
+        if not (folder / "state.json").exists():
+            self._center_values(model, reference, value_model, tokenizer, score, prompts[: self.rollouts])
+        first, log = load_state(folder, parts)
+        tick(self.rollouts * (3 + 2 * self.epochs) * first)
+        for step in range(first, self.optimisation.steps + 1):
+            if step in self.steps() and (step > first or step == 0):
+                self.keep_checkpoint(folder, step, model, reference, tokenizer, check, self.data)
+                save_model(value_model, str(folder / f"value-{step}.safetensors"))
+                save_state(folder, parts, step, log)
+            if step < self.optimisation.steps:
+                log.append(self._iterate(step, parts, reference, tokenizer, score, prompts))
+                tick(self.rollouts * (3 + 2 * self.epochs))
+        self.finish(folder, log, model, tokenizer, before=start)
