@@ -286,7 +286,7 @@ def test_a_checkpoint_is_identified_by_its_files(tmp_path):
 PPO = {
     "iterations": 7, "rollouts": 33, "ppo_epochs": 3, "ppo_batch": 15, "ppo_lr": 2e-3, "value_lr": 2e-3,
     "reward": "true", "reward_epochs": 9.0, "reward_lr": 2e-3, "clip": 0.3, "value_clip": 0.4, "kl_coefficient": 0.1,
-    "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1, "temperature": 0.9,
+    "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1,
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_a_run_keeps_what_training_runs_keep_and_its_values(run):
         {"ppo_batch": 5},
         {"ppo_batch": 10},
         {"ppo_batch": 1, "rollouts": 3},
-        {"ppo_batch": 7, "kl_estimator": "k3", "temperature": 0.8},
+        {"ppo_batch": 7, "kl_estimator": "k3"},
     ],
 )
 def test_the_first_minibatch_of_an_iteration_meets_the_policy_that_sampled(store, given):

@@ -64,7 +64,6 @@ class Parameters(BaseModel):
     lam: float = Field(description="lambda of generalised advantage estimation", ge=0, le=1)
     whiten: bool = Field(description="scale advantages to mean 0 and deviation 1 in an iteration")
     stop_kl: float = Field(description="nats a token that end an iteration's passes early (0: never)", ge=0)
-    temperature: float = Field(description="temperature of PPO's rollouts", gt=0)
     checkpoints: int = Field(description="checkpoints a run, the first and last step included", ge=2)
     probe: int = Field(description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2)
     target_prompts: Literal["held_out", "train"] = Field(description="prompts of the final responses D'")
@@ -205,7 +204,6 @@ COMMON = {
     "lam": 0.95,
     "whiten": True,
     "stop_kl": 0.0,
-    "temperature": 1.0,
     "target_prompts": "held_out",
     "target_decoding": "greedy",
     "target_reduction": "sum",

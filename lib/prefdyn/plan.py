@@ -162,7 +162,6 @@ def ppo_run(p: Parameters, seed: int, control: str = "full", reward: str | None 
         lam=p.lam,
         whiten=p.whiten,
         stop_kl=p.stop_kl,
-        temperature=p.temperature,
     )
 
 

@@ -143,7 +143,6 @@ class PPORun(recipes.Training):
     lam: float
     whiten: bool
     stop_kl: float  # nats a token from the sampling policy at which an iteration's passes end; 0: never
-    temperature: float
 
     @property
     def data(self) -> recipes.DataSpec:
@@ -185,11 +184,13 @@ class PPORun(recipes.Training):
     ) -> tuple[PPO, torch.Tensor, torch.Tensor, dict[str, float]]:
         """Sample one reply to each prompt; returns the objective on them, old values, returns and metrics.
 
+        The temperature is 1, so that ratios and KL refer to the policy that sampled.
+
         Passes are in chunks of `size` rows with all columns: the same shapes as the minibatches of the first pass, so
         that its first ratio is exactly 1.
         """
         limits = {"max_prompt": self.data.max_prompt, "max_response": self.data.max_response}
-        asked, answers = reply(model, tokenizer, prompts, temperature=self.temperature, seed=seed, **limits)
+        asked, answers = reply(model, tokenizer, prompts, temperature=1.0, seed=seed, **limits)
         batch = data.pad(asked, answers, tokenizer.pad_token_id).to(model.device)
         with torch.no_grad():
             old, ref, values = (
