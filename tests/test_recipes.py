@@ -121,8 +121,9 @@ def test_margins_omegas_and_scores_of_a_measurement_fit_together(measured):
     )
 
 
-def test_cosine_has_the_sign_of_g_and_belongs_to_the_full_objective(measured):
-    table = measured.frame("alignment")
+def test_cosine_has_the_sign_of_g_and_belongs_to_the_full_objective_on_the_second_probe(store, measured):
+    assert measured.frame("alignment")["cosine"].isna().all()
+    table = store.get(plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0), probe="check")).frame("alignment")
     full = table.query("component == 'full'")
     assert full["cosine"].between(-1, 1).all() and (np.sign(full["cosine"]) == np.sign(full["g"])).all()
     assert table.query("component != 'full'")["cosine"].isna().all()

@@ -9,6 +9,7 @@ import pandas as pd
 from . import alignment, controls, ppo, recipes
 from .data import Batch, pad
 from .evaluate import reply
+from .objectives import TokenWeights
 from .policy import sequence_logps
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class AlignmentRun(recipes.Spec):
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write alignment.parquet (a row a step and component) and sequences.parquet (a row a step and example).
 
-        Columns of alignment: step, component, g, se, n, cosine (of the full objective), logp_targets.
+        Columns of alignment: step, component, g, se, n, cosine (of the full objective, on the second
+        probe), logp_targets.
         Columns of sequences: step, example, and its contribution to each component; for DPO also omega, margin,
         and the scores of its chosen and rejected response.
         """
@@ -70,6 +72,12 @@ class AlignmentRun(recipes.Spec):
         asked, answers = reply(model, tokenizer, prompts, temperature=temperature, seed=0, **limits)
         return pad(asked, answers, tokenizer.pad_token_id).to(model.device)
 
+    def _cosine(self, model, batch: Batch, weights: TokenWeights, direction: alignment.Direction) -> float:
+        """Cosine of the descent direction of the full objective with d. It costs a backward pass over the probe."""
+        ascent = alignment.gradient(model, zip(batch.slices(256), weights.w.split(256), strict=True))
+        length = alignment.norm(ascent) * alignment.norm(direction)
+        return (alignment.inner(ascent, direction) / length).item() if length > 0 else float("nan")
+
     def _at(self, run, step: int, prober: recipes.Prober, targets: Batch):
         """Both tables at one checkpoint."""
         model, _ = recipes.load_checkpoint(run, step)
@@ -81,9 +89,7 @@ class AlignmentRun(recipes.Spec):
         rows = {name: alignment.by_sequence(weights, scores, name) for name in controls.CONTROLS}
         # an example's rows (the two responses of a pair) are one unit of sampling
         examples = {name: g.reshape(-1, len(index)).sum(0).double().cpu().numpy() for name, g in rows.items()}
-        ascent = alignment.gradient(model, zip(batch.slices(256), weights.w.split(256), strict=True))
         n = len(index)
-        length = alignment.norm(ascent) * alignment.norm(direction)
         summary = pd.DataFrame(
             {
                 "step": step,
@@ -93,7 +99,7 @@ class AlignmentRun(recipes.Spec):
                 "n": n,
             }
         )
-        cosine = (alignment.inner(ascent, direction) / length).item() if length > 0 else float("nan")
+        cosine = self._cosine(model, batch, weights, direction) if self.probe == "check" else float("nan")
         summary["cosine"] = np.where(summary["component"] == "full", cosine, np.nan)
         summary["logp_targets"] = sequence_logps(model, targets).mean().item()
         table = {"step": step, "example": np.arange(n, dtype=np.int32)} | {
