@@ -146,7 +146,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_lr": 1e-3,
         "reward_epochs": 4.0,
         "kl_coefficient": 0.05,
-        "checkpoints": 7,
+        "checkpoints": 6,
         "probe": 1024,
     },
     # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
