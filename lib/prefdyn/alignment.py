@@ -23,25 +23,29 @@ from .objectives import TokenWeights
 from .policy import response_columns, response_logits, token_logps
 
 Direction = dict[str, torch.Tensor]  # one tensor a parameter, by its name
+Scored = tuple[torch.Tensor, torch.Tensor]  # log-probs and alignment scores of tokens, [N, T] each
 
 
 class _ResponseLogits(torch.nn.Module):
     """`response_logits` as a module, so that `torch.func` can call it with other parameters."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, temperature: float):
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return response_logits(self.model, batch)[0]
+        return response_logits(self.model, batch, self.temperature)[0]
 
 
-def gradient(model: PreTrainedModel, parts: Iterable[tuple[Batch, torch.Tensor]]) -> Direction:
+def gradient(
+    model: PreTrainedModel, parts: Iterable[tuple[Batch, torch.Tensor]], temperature: float = 1.0
+) -> Direction:
     """sum_tok w_tok * grad log pi(tok), accumulated over parts of (batch, token weights [N, T])."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(p) for name, p in named.items()}
     for batch, w in parts:
-        grads = torch.autograd.grad((w * token_logps(model, batch)).sum(), list(named.values()), allow_unused=True)
+        value = (w * token_logps(model, batch, temperature)).sum()
+        grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         for name, grad in zip(named, grads, strict=True):
             if grad is not None:
                 total[name] += grad
@@ -76,13 +80,13 @@ def inner(a: Direction, b: Direction) -> torch.Tensor:
     return sum((a[name] * b[name]).sum() for name in a)
 
 
-def _forward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
     """One forward-mode pass: value and directional derivative together (Baydin et al. 2022 use the same product)."""
     tangents = {f"model.{name}": t for name, t in direction.items()}
     params = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     fixed = {name: p for name, p in params.items() if name not in tangents}
     moving = {name: p for name, p in params.items() if name in tangents}
-    wrapped = _ResponseLogits(model)
+    wrapped = _ResponseLogits(model, temperature)
 
     def logits(moved: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(wrapped, {**fixed, **moved}, (batch,))
@@ -92,9 +96,7 @@ def _forward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tupl
         return _log_softmax_with_tangent(value, tangent, batch)
 
 
-def _log_softmax_with_tangent(
-    logits: torch.Tensor, tangent: torch.Tensor, batch: Batch, block: int = 2**22
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _log_softmax_with_tangent(logits: torch.Tensor, tangent: torch.Tensor, batch: Batch, block: int = 2**22) -> Scored:
     """`token_logps` and its directional derivative from those of the logits [N, C, V], [N, T] each.
 
     d log p_y = dl_y - sum_v p_v dl_v. Over a large vocabulary this is bound by memory: few passes, in blocks of about
@@ -115,7 +117,7 @@ def _log_softmax_with_tangent(
 
 
 @torch.no_grad()
-def _central(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+def _central(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
     """Central difference of two passes at theta +- eps * d, beside a plain one; any kernel, float32 or better."""
     named = {name: p for name, p in model.named_parameters() if name in direction}
     saved = {name: p.clone() for name, p in named.items()}
@@ -127,17 +129,17 @@ def _central(model: PreTrainedModel, batch: Batch, direction: Direction) -> tupl
         for signed in (eps, -eps):
             for name, p in named.items():
                 p.copy_(saved[name] + signed * direction[name])
-            values.append(token_logps(model, batch))
+            values.append(token_logps(model, batch, temperature))
     finally:
         for name, p in named.items():
             p.copy_(saved[name])
-    return token_logps(model, batch), (values[0] - values[1]) / (2 * eps)
+    return token_logps(model, batch, temperature), (values[0] - values[1]) / (2 * eps)
 
 
-def _backward(model: PreTrainedModel, batch: Batch, direction: Direction) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
     """One backward pass per token: the definition, for tests and tiny examples."""
     named = {name: p for name, p in model.named_parameters() if name in direction}
-    logps = token_logps(model, batch)
+    logps = token_logps(model, batch, temperature)
     scores = torch.zeros_like(logps)
     for row, col in batch.response.nonzero().tolist():
         grads = torch.autograd.grad(logps[row, col], list(named.values()), retain_graph=True, allow_unused=True)
@@ -151,19 +153,24 @@ METHODS: dict[str, Callable] = {"forward": _forward, "central": _central, "backw
 
 
 def token_scores(
-    model: PreTrainedModel, batch: Batch, direction: Direction, method: str = "forward", size: int = 256
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: PreTrainedModel,
+    batch: Batch,
+    direction: Direction,
+    method: str = "forward",
+    size: int = 256,
+    temperature: float = 1.0,
+) -> Scored:
     """Log-probs and alignment scores a_tok = <grad log pi(tok), d> of all response tokens, [N, T] each.
 
     Args: method, "forward" (one forward-mode pass), "central" (two forward passes) or "backward" (one backward
-    pass per token). size, rows per pass.
+    pass per token). size, rows per pass. temperature, of the policy whose log-probs are meant.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     missing = set(direction) - {name for name, _ in model.named_parameters()}
     if missing:
         raise ValueError(f"direction has no counterpart in the model for {sorted(missing)[:3]}")
-    parts = [METHODS[method](model, part, direction) for part in batch.slices(size)]
+    parts = [METHODS[method](model, part, direction, temperature) for part in batch.slices(size)]
     logps, scores = (torch.cat(column) for column in zip(*parts, strict=True))
     return logps, scores.masked_fill(~batch.response, 0.0)
 

@@ -5,24 +5,58 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from . import alignment, controls, ppo, recipes
-from .data import Batch, pad
-from .evaluate import reply
+from .data import Batch
 from .objectives import TokenWeights
 from .policy import sequence_logps
+from .targets import TargetSpec
 
 if TYPE_CHECKING:
     from .runs import RunStore
 
+TOKENS_OF = 256  # examples of a probe whose tokens are kept one by one
 
-class TargetSpec(recipes.Spec):
-    """How the final responses D' are drawn: a declared choice, since the paper's text leaves it open."""
 
-    prompts: Literal["held_out", "train"] = "held_out"
-    decoding: Literal["greedy", "sampled"] = "greedy"
-    reduction: Literal["sum", "mean"] = "sum"
-    count: int = 384  # prompts at most
+def token_table(
+    batch: Batch,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: TokenWeights,
+    logps: torch.Tensor,
+    scores: torch.Tensor,
+    examples: int,
+    count: int,
+) -> pd.DataFrame:
+    """A row for each response token of the first `count` of `examples` examples, in order.
+
+    Columns: example; side (0, or for pairs 0 chosen and 1 rejected); position in the response; token (its text);
+    logp; w; a (its alignment score); strength of its unit; third (controls.thirds of all units, -1 where undefined).
+    """
+    row, column = batch.response.nonzero(as_tuple=True)
+    kept = row % examples < count
+    row, column = row[kept], column[kept]
+    unit = weights.unit[row, column]
+    first = batch.response.int().argmax(-1)
+    text = {i: tokenizer.decode([i]) for i in batch.ids[row, column].unique().tolist()}
+
+    def values(x: torch.Tensor, kind) -> np.ndarray:
+        return x.cpu().numpy().astype(kind)
+
+    return pd.DataFrame(
+        {
+            "example": values(row % examples, np.int32),
+            "side": values(row // examples, np.int8),
+            "position": values(column - first[row], np.int16),
+            "token": pd.Categorical([text[i] for i in batch.ids[row, column].tolist()]),
+            "logp": values(logps[row, column], np.float32),
+            "w": values(weights.w[row, column], np.float32),
+            "a": values(scores[row, column], np.float32),
+            "strength": values(weights.strength[unit], np.float32),
+            "third": values(controls.thirds(weights.strength)[unit], np.int8),
+        }
+    ).sort_values(["example", "side", "position"])
 
 
 class AlignmentRun(recipes.Spec):
@@ -32,7 +66,7 @@ class AlignmentRun(recipes.Spec):
     run: recipes.SFTRun | recipes.DPORun | ppo.PPORun
     targets: TargetSpec
     probe: Literal["train", "check"]
-    size: int  # examples measured at most: pairs for DPO, demonstrations for SFT
+    size: int  # examples measured at most: pairs for DPO, demonstrations for SFT, replies for PPO
     method: Literal["forward", "central"]
 
     def parents(self) -> list[recipes.Spec]:
@@ -40,51 +74,41 @@ class AlignmentRun(recipes.Spec):
 
     def work(self) -> float:
         rows = self.size * (1 if self.run.kind == "sft" else 2)
-        return 2.4 * rows * len(self.run.steps())  # a measured row costs about 2.4 trained ones: G and one gradient
+        return 1.6 * rows * len(self.run.steps())  # a measured row costs about 1.6 trained ones
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
-        """Write alignment.parquet (a row a step and component) and sequences.parquet (a row a step and example).
+        """Write alignment, sequences and tokens (parquet), with a row a step and, in turn, component, example, token.
 
-        Columns of alignment: step, component, g, se, n, cosine (of the full objective, on the second
-        probe), logp_targets.
+        Columns of alignment: step, component, g, se, n, logp_targets.
         Columns of sequences: step, example, and its contribution to each component; for DPO also omega, margin,
         and the scores of its chosen and rejected response.
+        Columns of tokens: step and those of `token_table`.
         """
         run = store.get(self.run)
         model, tokenizer = recipes.final_policy(run)
-        targets = self._targets(model, tokenizer)
+        targets = self.targets.draw(self.run.data, model, tokenizer)
         prober = self.run.prober(store, tokenizer, self.probe, self.size)
-        summaries, sequences = [], []
+        tables: dict[str, list[pd.DataFrame]] = {"alignment": [], "sequences": [], "tokens": []}
         for step in self.run.steps():
-            part_summary, part_sequences = self._at(run, step, prober, targets)
-            summaries.append(part_summary)
-            sequences.append(part_sequences)
+            for name, table in self._at(run, step, prober, targets, tokenizer).items():
+                table.insert(0, "step", np.int32(step))
+                tables[name].append(table)
             tick(self.work() / len(self.run.steps()))
-        pd.concat(summaries, ignore_index=True).to_parquet(folder / "alignment.parquet")
-        pd.concat(sequences, ignore_index=True).astype({"step": "int32"}).to_parquet(folder / "sequences.parquet")
+        for name, parts in tables.items():
+            whole = pd.concat(parts, ignore_index=True)
+            if name == "tokens":
+                whole["token"] = whole["token"].astype("category")
+            whole.to_parquet(folder / f"{name}.parquet")
 
-    def _targets(self, model, tokenizer) -> Batch:
-        """D': what the final policy answers."""
-        spec = self.run.data
-        prompts = recipes.dataset(spec).prompts[self.targets.prompts][: self.targets.count]
-        temperature = 0.0 if self.targets.decoding == "greedy" else 1.0
-        limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
-        asked, answers = reply(model, tokenizer, prompts, temperature=temperature, seed=0, **limits)
-        return pad(asked, answers, tokenizer.pad_token_id).to(model.device)
-
-    def _cosine(self, model, batch: Batch, weights: TokenWeights, direction: alignment.Direction) -> float:
-        """Cosine of the descent direction of the full objective with d. It costs a backward pass over the probe."""
-        ascent = alignment.gradient(model, zip(batch.slices(256), weights.w.split(256), strict=True))
-        length = alignment.norm(ascent) * alignment.norm(direction)
-        return (alignment.inner(ascent, direction) / length).item() if length > 0 else float("nan")
-
-    def _at(self, run, step: int, prober: recipes.Prober, targets: Batch):
-        """Both tables at one checkpoint."""
+    def _at(
+        self, run, step: int, prober: recipes.Prober, targets: Batch, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, pd.DataFrame]:
+        """The tables at one checkpoint."""
         model, _ = recipes.load_checkpoint(run, step)
         objective, index = prober(step, model)
         batch = objective.batch(index)
         direction = alignment.target_direction(model, targets, self.targets.reduction)
-        logps, scores = alignment.token_scores(model, batch, direction, self.method)
+        logps, scores = alignment.token_scores(model, batch, direction, self.method, temperature=objective.temperature)
         weights = objective.weights(logps, batch, index)
         rows = {name: alignment.by_sequence(weights, scores, name) for name in controls.CONTROLS}
         # an example's rows (the two responses of a pair) are one unit of sampling
@@ -92,25 +116,22 @@ class AlignmentRun(recipes.Spec):
         n = len(index)
         summary = pd.DataFrame(
             {
-                "step": step,
                 "component": list(examples),
                 "g": [g.sum() for g in examples.values()],
                 "se": [np.sqrt(n * g.var(ddof=1)) for g in examples.values()],
                 "n": n,
+                "logp_targets": sequence_logps(model, targets).mean().item(),
             }
         )
-        cosine = self._cosine(model, batch, weights, direction) if self.probe == "check" else float("nan")
-        summary["cosine"] = np.where(summary["component"] == "full", cosine, np.nan)
-        summary["logp_targets"] = sequence_logps(model, targets).mean().item()
-        table = {"step": step, "example": np.arange(n, dtype=np.int32)} | {
-            k: g.astype(np.float32) for k, g in examples.items()
-        }
+        sequences = {"example": np.arange(n, dtype=np.int32)}
+        sequences |= {k: g.astype(np.float32) for k, g in examples.items()}
         if self.run.kind == "dpo":
             chosen, rejected = scores.sum(-1).chunk(2)
-            table |= {
+            sequences |= {
                 "omega": weights.strength.float().cpu().numpy(),
                 "margin": objective.margin(logps, index).float().cpu().numpy(),
                 "a_chosen": chosen.float().cpu().numpy(),
                 "a_rejected": rejected.float().cpu().numpy(),
             }
-        return summary, pd.DataFrame(table)
+        tokens = token_table(batch, tokenizer, weights, logps, scores, n, TOKENS_OF)
+        return {"alignment": summary, "sequences": pd.DataFrame(sequences), "tokens": tokens}

@@ -124,6 +124,8 @@ def ppo_weights(
 class SFT:
     """Maximum likelihood on demonstrations. An example is a demonstration."""
 
+    temperature = 1.0
+
     def __init__(self, demonstrations: Batch):
         self.demonstrations = demonstrations
         self.size = len(demonstrations)
@@ -141,6 +143,8 @@ class SFT:
 
 class DPO:
     """Direct preference optimisation. An example is a pair; its batch holds chosen rows, then rejected rows."""
+
+    temperature = 1.0
 
     def __init__(
         self,
@@ -183,14 +187,24 @@ class DPO:
 
 
 class PPO:
-    """The clipped surrogate on a batch of rollouts. An example is a rollout; rows keep all their columns."""
+    """The clipped surrogate on a batch of rollouts. An example is a rollout; rows keep all their columns.
 
-    def __init__(self, rollouts: Batch, old_logps: torch.Tensor, advantages: torch.Tensor, clip: float):
+    All log-probs are those of the policy at `temperature`, the one that sampled the rollouts.
+    """
+
+    def __init__(
+        self,
+        rollouts: Batch,
+        old_logps: torch.Tensor,
+        advantages: torch.Tensor,
+        clip: float,
+        temperature: float = 1.0,
+    ):
         if not rollouts.ids.shape == old_logps.shape == advantages.shape:
             shapes = [tuple(t.shape) for t in (rollouts.ids, old_logps, advantages)]
             raise ValueError(f"PPO: rollouts, log-probs and advantages must share one shape [N, T], given {shapes}")
         self.rollouts, self.old_logps, self.advantages, self.clip = rollouts, old_logps, advantages, clip
-        self.size = len(rollouts)
+        self.size, self.temperature = len(rollouts), temperature
 
     def batch(self, index: torch.Tensor) -> Batch:
         return self.rollouts.take(index)

@@ -9,7 +9,7 @@ import html
 import io
 import json
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -83,6 +83,37 @@ def texts(rows: Iterable[dict[str, Any]]) -> None:
         },
         raw=True,
     )
+
+
+def shaded(rows: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> None:
+    """Display texts whose tokens are shaded by a number: blue and underlined above 0, orange and dotted below.
+
+    Args: rows of (name, tokens, one number a token). The shade is relative to the largest absolute number of its row,
+    which is shown beside the name; each number is the title of its token. All text is escaped.
+    """
+    body, plain = [], []
+    for name, tokens, values in rows:
+        most = max(map(abs, values), default=0.0)
+        spans = [_shade(token, value, most) for token, value in zip(tokens, values, strict=True)]
+        head = f'{html.escape(name)}<br><span style="font-size:85%">most: {most:.2g}</span>'
+        body.append(f'<tr><th scope="row" style="text-align:left">{head}</th><td>{" ".join(spans)}</td></tr>')
+        plain.append(f"{name}: " + " ".join(f"{t} ({v:+.2g})" for t, v in zip(tokens, values, strict=True)))
+    display(
+        {
+            "text/html": f'<table class="dataframe texts shaded"><tbody>{"".join(body)}</tbody></table>',
+            "text/plain": "\n".join(plain),
+        },
+        raw=True,
+    )
+
+
+def _shade(token: str, value: float, most: float) -> str:
+    """One token of `shaded`: on a light card of its own, so that it can be read on light and dark pages."""
+    red, green, blue, line = (86, 160, 220, "solid") if value >= 0 else (240, 150, 70, "dotted")
+    alpha = abs(value) / most if most > 0 else 0.0
+    ground = ", ".join(f"{round(251 + (c - 251) * alpha)}" for c in (red, green, blue))
+    style = f"background:rgb({ground});color:#1b1b22;border-bottom:2px {line} #55555f;padding:1px 3px;border-radius:3px"
+    return f'<span style="{style}" title="{value:+.3g}">{html.escape(token.strip() or "␣")}</span>'
 
 
 def provenance(runs: Iterable[Run], parameters: Any) -> None:

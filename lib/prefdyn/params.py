@@ -49,6 +49,7 @@ class Parameters(BaseModel):
     optimizer: Literal["adamw", "sgd"] = Field(description="optimiser of SFT and DPO")
     iterations: int = Field(description="iterations of PPO: rollouts, then passes over them", ge=1)
     rollouts: int = Field(description="replies sampled in an iteration of PPO", ge=2)
+    temperature: float = Field(description="of PPO's sampling, and of the policy that it trains", gt=0)
     ppo_epochs: int = Field(description="passes of PPO over an iteration's rollouts", ge=1)
     ppo_batch: int = Field(description="rollouts an update of PPO", ge=1)
     ppo_lr: float = Field(description="learning rate of PPO's policy", gt=0)
@@ -59,6 +60,7 @@ class Parameters(BaseModel):
     clip: float = Field(description="PPO's clip of the probability ratio, on either side of 1", gt=0)
     value_clip: float = Field(description="how far values count as moved in an iteration (0: no clipping)", ge=0)
     kl_coefficient: float = Field(description="PPO's penalty for a nat of KL to the reference, in points", ge=0)
+    learned_kl: float = Field(description="the same penalty where the reward is learned", ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = Field(description="estimator of a token's KL in PPO's penalty")
     gamma: float = Field(description="PPO's discount of later rewards", gt=0, le=1)
     lam: float = Field(description="lambda of generalised advantage estimation", ge=0, le=1)
@@ -66,6 +68,11 @@ class Parameters(BaseModel):
     stop_kl: float = Field(description="nats a token that end an iteration's passes early (0: never)", ge=0)
     checkpoints: int = Field(description="checkpoints a run, the first and last step included", ge=2)
     probe: int = Field(description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2)
+    explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
+    explore_samples: int = Field(description="replies to each of them", ge=2)
+    target_responses: Literal["final", "chosen", "unrelated"] = Field(
+        description="D': the final policy's answers, chosen responses of check pairs, or answers to other prompts"
+    )
     target_prompts: Literal["held_out", "train"] = Field(description="prompts of the final responses D'")
     target_decoding: Literal["greedy", "sampled"] = Field(description="how D' is decoded")
     target_reduction: Literal["sum", "mean"] = Field(description="over the tokens of a final response")
@@ -136,7 +143,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sft_batch": 32,
         "lr": 1e-4,
         "epochs": 2.0,
-        "long_epochs": 12.0,
+        "long_epochs": 8.0,
         "batch": 32,
         "iterations": 40,
         "rollouts": 64,
@@ -177,6 +184,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_lr": 1e-5,
         "reward_epochs": 1.0,
         "kl_coefficient": 0.05,
+        "learned_kl": 0.05,
         "checkpoints": 9,
         "probe": 2048,
         "max_prompt": 512,
@@ -195,15 +203,20 @@ COMMON = {
     "beta": 0.1,
     "micro_batch": 0,
     "optimizer": "adamw",
+    "temperature": 1.0,
     "ppo_epochs": 2,
     "reward": "true",
     "clip": 0.2,
     "value_clip": 0.0,
     "kl_estimator": "k1",
+    "learned_kl": 0.2,
     "gamma": 1.0,
     "lam": 0.95,
     "whiten": True,
     "stop_kl": 0.0,
+    "explore_prompts": 32,
+    "explore_samples": 16,
+    "target_responses": "final",
     "target_prompts": "held_out",
     "target_decoding": "greedy",
     "target_reduction": "sum",

@@ -3,11 +3,13 @@
 import hashlib
 from pathlib import Path
 
-from .measure import AlignmentRun, TargetSpec
+from .explore import ExplorationRun
+from .measure import AlignmentRun
 from .params import ParameterError, Parameters
 from .ppo import PPORun, RewardRun
 from .recipes import DataSpec, DPORun, PolicySpec, SFTRun, dataset
 from .runs import file_hash
+from .targets import TargetSpec, TargetsRun
 from .train import Optimisation
 
 
@@ -65,7 +67,7 @@ def policy_spec(p: Parameters) -> PolicySpec:
 
 def sft_run(p: Parameters, seed: int) -> SFTRun:
     """Supervised fine-tuning, from which everything else starts."""
-    spec = data_spec(p, seed)
+    spec = data_spec(p, seed).for_sft()
     demonstrations = len(dataset(spec).demonstrations)  # a file may hold fewer than were asked for
     if p.sft_steps and p.sft_batch > demonstrations:
         raise ParameterError(
@@ -91,7 +93,8 @@ def sft_run(p: Parameters, seed: int) -> SFTRun:
 def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False) -> DPORun:
     """DPO from the SFT policy of the same seed; `long` trains for `long_epochs` at a constant learning rate."""
     sft = sft_run(p, seed)
-    pairs = len(dataset(sft.data).pairs)  # a file may hold fewer than were asked for
+    data = data_spec(p, seed)
+    pairs = len(dataset(data).pairs)  # a file may hold fewer than were asked for
     if p.batch > pairs:
         raise ParameterError(
             f"batch: given {p.batch} (int), more than the {pairs} pairs to train on; allowed: 1 to {pairs}"
@@ -99,6 +102,7 @@ def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False)
     steps = max(1, round((p.long_epochs if long else p.epochs) * pairs / p.batch))
     return DPORun(
         sft=sft,
+        data=data,
         beta=p.beta,
         control=control,
         optimisation=Optimisation(
@@ -116,30 +120,49 @@ def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False)
 
 def reward_run(p: Parameters, seed: int) -> RewardRun:
     """A reward model trained on the pairs, from the SFT policy of the same seed."""
-    sft = sft_run(p, seed)
-    pairs = len(dataset(sft.data).pairs)
+    data = data_spec(p, seed)
+    pairs = len(dataset(data).pairs)
     batch = min(p.batch, pairs)
-    steps = max(1, round(p.reward_epochs * pairs / batch))
-    return RewardRun(sft=sft, optimisation=Optimisation(steps=steps, batch_size=batch, lr=p.reward_lr, seed=seed))
+    return RewardRun(
+        sft=sft_run(p, seed),
+        data=data,
+        optimisation=Optimisation(
+            steps=max(1, round(p.reward_epochs * pairs / batch)),
+            batch_size=batch,
+            lr=p.reward_lr,
+            optimizer=p.optimizer,
+            micro_batch=p.micro_batch,
+            seed=seed,
+        ),
+    )
 
 
-def ppo_run(p: Parameters, seed: int, control: str = "full", reward: str | None = None) -> PPORun:
-    """PPO from the SFT policy of the same seed; `reward` "true" or "learned", by default as the parameter says."""
+def ppo_run(
+    p: Parameters, seed: int, control: str = "full", reward: str | None = None, leash: float | None = None
+) -> PPORun:
+    """PPO from the SFT policy of the same seed.
+
+    reward: "true" or "learned", by default as the parameter says. leash: the KL penalty, by default the parameter's
+    for that reward.
+    """
     reward = reward or p.reward
+    if leash is None:
+        leash = p.kl_coefficient if reward == "true" else p.learned_kl
     if reward == "true" and p.dataset != "world":
         raise ParameterError("reward: given 'true' (str), which only the world has; allowed here: learned")
     if p.ppo_batch > p.rollouts:
         raise ParameterError(
             f"ppo_batch: given {p.ppo_batch} (int), more than rollouts={p.rollouts}; allowed: 1 to {p.rollouts}"
         )
-    sft = sft_run(p, seed)
-    prompts = len(dataset(sft.data).prompts["train"])
+    data = data_spec(p, seed)
+    prompts = len(dataset(data).prompts["train"])
     if p.rollouts > prompts:
         raise ParameterError(
             f"rollouts: given {p.rollouts} (int), more than the {prompts} training prompts; allowed: 2 to {prompts}"
         )
     return PPORun(
-        sft=sft,
+        sft=sft_run(p, seed),
+        data=data,
         reward=None if reward == "true" else reward_run(p, seed),
         control=control,
         optimisation=Optimisation(
@@ -148,15 +171,17 @@ def ppo_run(p: Parameters, seed: int, control: str = "full", reward: str | None 
             lr=p.ppo_lr,
             optimizer=p.optimizer,
             schedule="constant",
+            micro_batch=p.micro_batch,
             seed=seed,
         ),
         checkpoints=p.checkpoints,
         rollouts=p.rollouts,
+        temperature=p.temperature,
         epochs=p.ppo_epochs,
         value_lr=p.value_lr,
         clip=p.clip,
         value_clip=p.value_clip,
-        kl_coefficient=p.kl_coefficient,
+        kl_coefficient=leash,
         kl_estimator=p.kl_estimator,
         gamma=p.gamma,
         lam=p.lam,
@@ -165,16 +190,52 @@ def ppo_run(p: Parameters, seed: int, control: str = "full", reward: str | None 
     )
 
 
+def target_spec(p: Parameters, **other: str) -> TargetSpec:
+    """D' as the parameters declare it, but for what is given by name."""
+    declared = {
+        "responses": p.target_responses,
+        "prompts": p.target_prompts,
+        "decoding": p.target_decoding,
+        "reduction": p.target_reduction,
+    }
+    return TargetSpec(**declared | other, count=p.held_out)
+
+
+# What each declared choice of D' could have been instead; "responses: unrelated" is no choice but a floor.
+CHOICES = {
+    "prompts": ("held_out", "train"),
+    "decoding": ("greedy", "sampled"),
+    "reduction": ("sum", "mean"),
+    "responses": ("final", "chosen", "unrelated"),
+}
+
+
+def target_choices(p: Parameters) -> dict[str, TargetSpec]:
+    """D' as declared, and with one choice at a time made otherwise; named "as declared", "prompts: train", ..."""
+    declared = target_spec(p)
+    return {"as declared": declared} | {
+        f"{name}: {value}": target_spec(p, **{name: value})
+        for name, values in CHOICES.items()
+        for value in values
+        if getattr(declared, name) != value
+    }
+
+
+def targets_run(p: Parameters, run: SFTRun | DPORun | PPORun, choices: dict[str, TargetSpec]) -> TargetsRun:
+    """G and cosine of a training run on the check probe, with several choices of D'."""
+    return TargetsRun(run=run, choices=choices, probe="check", size=p.probe)
+
+
+def exploration_run(p: Parameters, run: DPORun | PPORun) -> ExplorationRun:
+    """What a training run's policies say when they are asked again and again."""
+    return ExplorationRun(run=run, prompts=p.explore_prompts, samples=p.explore_samples)
+
+
 def alignment_run(p: Parameters, run: SFTRun | DPORun | PPORun, probe: str = "train") -> AlignmentRun:
     """The measurement of a training run on one probe, with the declared choices of the parameters."""
     return AlignmentRun(
         run=run,
-        targets=TargetSpec(
-            prompts=p.target_prompts,
-            decoding=p.target_decoding,
-            reduction=p.target_reduction,
-            count=p.held_out,
-        ),
+        targets=target_spec(p),
         probe=probe,
         size=p.probe,
         method=p.method,

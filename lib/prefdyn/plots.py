@@ -67,6 +67,14 @@ def over_training(
         ax.fill_between(mean[x], mean["low"], mean["high"], color=COLOURS[colour], alpha=0.15, lw=0)
 
 
+def compare(
+    ax: Axes, table: pd.DataFrame, y: str, by: str, colours: dict[str, str], x: str = "step", dash: str = "-"
+) -> None:
+    """Draw `y` over training for each value of the column `by` that `colours` names, as `over_training` does."""
+    for name, colour in colours.items():
+        over_training(ax, table[table[by] == name], y, colour=colour, label=name, x=x, dash=dash)
+
+
 def zero_line(ax: Axes, at: float = 0.0) -> None:
     """A fine line where a quantity changes its meaning."""
     ax.axhline(at, color=COLOURS["grey"], lw=0.8, ls=":", zorder=0)

@@ -131,8 +131,10 @@ def response_columns(batch: Batch) -> torch.Tensor:
     return batch.response[:, 1:].any(0).nonzero().squeeze(-1) + 1
 
 
-def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, C, V] that predict the C `response_columns` of `batch`, and those columns.
+def response_logits(
+    model: PreTrainedModel, batch: Batch, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, C, V], over `temperature`, that predict the C `response_columns` of `batch`, and those columns.
 
     The output layer, the dearest part of a small model with a large vocabulary, is computed for these only. Positions
     are counted from the first real token, so a row's logits do not depend on its padding, on either side.
@@ -146,15 +148,15 @@ def response_logits(model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor,
         use_cache=False,
         logits_to_keep=columns - 1,
     )
-    return out.logits, columns
+    return out.logits if temperature == 1 else out.logits / temperature, columns
 
 
-def token_logps(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def token_logps(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
     """Log-probability of every response token given what precedes it, [N, T], zero elsewhere.
 
-    Computed in float32 at least, whatever the precision of the model.
+    Those of the policy that samples at `temperature`. Computed in float32 at least, whatever the model's precision.
     """
-    logits, columns = response_logits(model, batch)
+    logits, columns = response_logits(model, batch, temperature)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     picked = logits.gather(-1, batch.ids[:, columns, None]).squeeze(-1)

@@ -76,6 +76,7 @@ class RewardRun(recipes.Spec):
 
     kind: Literal["reward"] = "reward"
     sft: recipes.SFTRun
+    data: recipes.DataSpec
     optimisation: Optimisation
 
     def parents(self) -> list[recipes.Spec]:
@@ -86,27 +87,31 @@ class RewardRun(recipes.Spec):
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write model/, steps.parquet, and check.parquet: score differences of the check pairs."""
-        start, spec = store.get(self.sft), self.sft.data
+        start, spec = store.get(self.sft), self.data
         _, tokenizer = recipes.final_policy(start)
         known = recipes.dataset(spec)
         sides = [recipes.encode(spec, tokenizer, known.pairs, side) for side in ("chosen", "rejected")]
         model = headed(AutoModelForSequenceClassification, start.folder / "policy", tokenizer.pad_token_id)
         optimizer = make_optimizer(model, self.optimisation)
         parts = {"reward": (model, optimizer)}
+        size = (self.optimisation.micro_batch + 1) // 2  # pairs in memory at once
         first, log = load_state(folder, parts)
         tick(2 * self.optimisation.batch_size * first)
         for step in range(first, self.optimisation.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.optimisation, step)
             index = example_order(len(known.pairs), step, self.optimisation).to(recipes.device())
-            chosen, rejected = (sequence_scores(model, side.rows(index)) for side in sides)
-            loss = -F.logsigmoid(chosen - rejected).mean()
+            differences = []
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            for part in index.split(size or len(index)):
+                chosen, rejected = (sequence_scores(model, side.rows(part)) for side in sides)
+                (-F.logsigmoid(chosen - rejected).sum() / len(index)).backward()
+                differences.append((chosen - rejected).detach())
             clip_grad_norm_(model.parameters(), self.optimisation.clip or float("inf"))
             optimizer.step()
-            accuracy = (0.5 + 0.5 * (chosen - rejected).sign()).mean().item()  # ties half
-            log.append({"step": step, "loss": loss.item(), "accuracy": accuracy})
+            difference = torch.cat(differences)
+            accuracy = (0.5 + 0.5 * difference.sign()).mean().item()  # ties half
+            log.append({"step": step, "loss": -F.logsigmoid(difference).mean().item(), "accuracy": accuracy})
             tick(2 * self.optimisation.batch_size)
             if step % 50 == 49:
                 save_state(folder, parts, step + 1, log)
@@ -130,9 +135,11 @@ class PPORun(recipes.Training):
 
     kind: Literal["ppo"] = "ppo"
     sft: recipes.SFTRun
+    data: recipes.DataSpec
     reward: RewardRun | None  # None: the world's true reward
     control: str
     rollouts: int  # replies an iteration
+    temperature: float  # of sampling, and of the policy that is trained
     epochs: int  # passes over them
     value_lr: float
     clip: float
@@ -144,12 +151,11 @@ class PPORun(recipes.Training):
     whiten: bool
     stop_kl: float  # nats a token from the sampling policy at which an iteration's passes end; 0: never
 
-    @property
-    def data(self) -> recipes.DataSpec:
-        return self.sft.data
+    def scored(self) -> recipes.ReferenceRun:
+        return recipes.ReferenceRun(sft=self.sft, data=self.data)
 
     def parents(self) -> list[recipes.Spec]:
-        return [self.sft, recipes.ReferenceRun(sft=self.sft), *([self.reward] if self.reward else [])]
+        return [self.sft, self.scored(), *([self.reward] if self.reward else [])]
 
     def work(self) -> float:
         return self.optimisation.steps * self.rollouts * (3 + 2 * self.epochs)
@@ -184,19 +190,20 @@ class PPORun(recipes.Training):
     ) -> tuple[PPO, torch.Tensor, torch.Tensor, dict[str, float]]:
         """Sample one reply to each prompt; returns the objective on them, old values, returns and metrics.
 
-        The temperature is 1, so that ratios and KL refer to the policy that sampled.
+        Ratios, KL and entropy refer to the policy that sampled, the one at `temperature`.
 
         Passes are in chunks of `size` rows with all columns: the same shapes as the minibatches of the first pass, so
         that its first ratio is exactly 1.
         """
         limits = {"max_prompt": self.data.max_prompt, "max_response": self.data.max_response}
-        asked, answers = reply(model, tokenizer, prompts, temperature=1.0, seed=seed, **limits)
+        asked, answers = reply(model, tokenizer, prompts, temperature=self.temperature, seed=seed, **limits)
         batch = data.pad(asked, answers, tokenizer.pad_token_id).to(model.device)
+        parts = batch.slices(size)
         with torch.no_grad():
-            old, ref, values = (
-                torch.cat([f(m, part) for part in batch.slices(size)])
-                for f, m in ((policy.token_logps, model), (policy.token_logps, reference), (token_values, value_model))
+            old, ref = (
+                torch.cat([policy.token_logps(m, part, self.temperature) for part in parts]) for m in (model, reference)
             )
+            values = torch.cat([token_values(value_model, part) for part in parts])
         points = score(prompts, batch)
         kl = rollout.kl_estimate(old, ref, self.kl_estimator)
         token_rewards = rollout.token_rewards(points, kl, batch.response, self.kl_coefficient)
@@ -213,7 +220,7 @@ class PPORun(recipes.Training):
         }
         if self.whiten:
             advantages = rollout.whiten(advantages, inside)
-        return PPO(batch, old, advantages, self.clip), values, returns, metrics
+        return PPO(batch, old, advantages, self.clip, self.temperature), values, returns, metrics
 
     def prober(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str, size: int) -> recipes.Prober:
         """What G is measured on at a step: fresh rollouts of that step's policy, with that step's values."""
@@ -240,6 +247,21 @@ class PPORun(recipes.Training):
         objective, _, returns, _ = whole.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
         torch.nn.init.constant_(head_of(value_model).bias, returns[objective.rollouts.response].mean().item())
 
+    def _value_step(self, part, batch: data.Batch, old_values: torch.Tensor, returns: torch.Tensor) -> float:
+        """One optimiser step of the value model on a minibatch; returns the loss before it."""
+        model, optimizer = part
+        size = self.optimisation.micro_batch or len(batch)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for rows, old, goal in zip(batch.slices(size), old_values.split(size), returns.split(size), strict=True):
+            loss = rollout.value_loss(token_values(model, rows), old, goal, rows.response, self.value_clip)
+            loss = loss * rows.response.sum() / batch.response.sum()
+            loss.backward()
+            total += loss.item()
+        clip_grad_norm_(model.parameters(), self.optimisation.clip or float("inf"))
+        optimizer.step()
+        return total
+
     def _iterate(self, step: int, parts, reference, tokenizer, score, prompts: list[str]) -> dict[str, float]:
         """One iteration: rollouts, then passes over them in minibatches."""
         (model, optimizer), (value_model, value_optimizer) = parts["policy"], parts["value"]
@@ -250,8 +272,9 @@ class PPORun(recipes.Training):
         order = Optimisation(steps=config.steps, batch_size=self.rollouts, lr=config.lr, seed=config.seed)
         chosen = [prompts[i] for i in example_order(len(prompts), step, order).tolist()]
         seed = (config.seed * 100_003 + step) * 2 + 1
+        size = config.micro_batch or config.batch_size
         objective, old_values, returns, metrics = self.collect(
-            model, reference, value_model, tokenizer, score, chosen, seed, config.batch_size
+            model, reference, value_model, tokenizer, score, chosen, seed, size
         )
         made: list[dict[str, float]] = []
         for epoch in range(self.epochs):
@@ -260,15 +283,9 @@ class PPORun(recipes.Training):
             for index in rows.to(model.device).split(config.batch_size):
                 if made and 0 < self.stop_kl < made[-1]["moved"]:
                     break
-                step_metrics = update(model, objective, optimizer, index, self.control, config.clip)
-                batch = objective.batch(index)
-                values = token_values(value_model, batch)
-                loss = rollout.value_loss(values, old_values[index], returns[index], batch.response, self.value_clip)
-                value_optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                clip_grad_norm_(value_model.parameters(), config.clip or float("inf"))
-                value_optimizer.step()
-                made.append(step_metrics | {"value_loss": loss.item()})
+                step_metrics = update(model, objective, optimizer, index, self.control, config.clip, config.micro_batch)
+                loss = self._value_step(parts["value"], objective.batch(index), old_values[index], returns[index])
+                made.append(step_metrics | {"value_loss": loss})
         mean = pd.DataFrame(made).mean().to_dict()
         first = {f"first_{name}": made[0][name] for name in ("ratio_max", "clip_fraction")}
         return {"step": step, **metrics, **mean, **first, "updates": len(made), "lr": optimizer.param_groups[0]["lr"]}
@@ -283,7 +300,7 @@ class PPORun(recipes.Training):
         prompts = recipes.dataset(self.data).prompts["train"]
         if self.rollouts > len(prompts):
             raise ValueError(f"rollouts={self.rollouts}: more than the {len(prompts)} training prompts")
-        check = recipes.pairs_objective(store, tokenizer, self.sft, "check", beta=0.1)
+        check = recipes.pairs_objective(store, tokenizer, self.scored(), "check", beta=0.1)
         parts = {"policy": (model, make_optimizer(model, self.optimisation))}
         parts["value"] = (value_model, make_optimizer(value_model, self.optimisation))
         if not (folder / "state.json").exists():

@@ -46,6 +46,10 @@ class DataSpec(Spec):
     max_response: int  # tokens
     vocab_size: int  # of the byte-pair tokenizer trained on a file
 
+    def for_sft(self) -> "DataSpec":
+        """The same without what supervised fine-tuning does not read, so that its run is shared."""
+        return self.model_copy(update={"label_noise": 0.0})
+
     @field_serializer("path")
     def _where(self, path: str | None, info: SerializationInfo) -> str | None:
         return None if info.context == "identity" else path
@@ -65,7 +69,7 @@ class PolicySpec(Spec):
         return None if info.context == "identity" and self.content else model
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def dataset(spec: DataSpec) -> data.Dataset:
     """The dataset of `spec`; the last few are kept."""
     if spec.path is None:
@@ -260,32 +264,35 @@ class ReferenceRun(Spec):
 
     kind: Literal["reference"] = "reference"
     sft: SFTRun
+    data: DataSpec
 
     def parents(self) -> list[Spec]:
         return [self.sft]
 
     def work(self) -> float:
-        return (self.sft.data.pairs + self.sft.data.check) / 2
+        return (self.data.pairs + self.data.check) / 2
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         model, tokenizer = final_policy(store.get(self.sft))
-        known = dataset(self.sft.data)
+        known = dataset(self.data)
         for probe, rows in zip(PROBES, (known.pairs, known.check), strict=True):
             columns = {
-                side: policy.sequence_logps(model, encode(self.sft.data, tokenizer, rows, side)).cpu().numpy()
+                side: policy.sequence_logps(model, encode(self.data, tokenizer, rows, side)).cpu().numpy()
                 for side in ("chosen", "rejected")
             }
             pd.DataFrame(columns).to_parquet(folder / f"{probe}.parquet")
         tick(self.work())
 
 
-def pairs_objective(store: "RunStore", tokenizer: PreTrainedTokenizerBase, sft: SFTRun, probe: str, beta: float) -> DPO:
+def pairs_objective(
+    store: "RunStore", tokenizer: PreTrainedTokenizerBase, scored: ReferenceRun, probe: str, beta: float
+) -> DPO:
     """DPO's objective on the "train" or "check" pairs, with the SFT policy as the reference."""
-    known = dataset(sft.data)
+    known = dataset(scored.data)
     rows = known.pairs if probe == "train" else known.check
-    reference = store.get(ReferenceRun(sft=sft)).frame(probe)
+    reference = store.get(scored).frame(probe)
     ref_chosen, ref_rejected = (torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected"))
-    chosen, rejected = (encode(sft.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (encode(scored.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
     return DPO(chosen, rejected, ref_chosen, ref_rejected, beta)
 
 
@@ -294,22 +301,22 @@ class DPORun(_Fitted):
 
     kind: Literal["dpo"] = "dpo"
     sft: SFTRun
+    data: DataSpec
     beta: float
     control: str
 
-    @property
-    def data(self) -> DataSpec:
-        return self.sft.data
+    def scored(self) -> ReferenceRun:
+        return ReferenceRun(sft=self.sft, data=self.data)
 
     def parents(self) -> list[Spec]:
-        return [self.sft, ReferenceRun(sft=self.sft)]
+        return [self.sft, self.scored()]
 
     def work(self) -> float:
         return 2 * self.optimisation.steps * self.optimisation.batch_size
 
     def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> DPO:
         """The objective on the pairs it trains on ("train") or on pairs like them ("check")."""
-        return pairs_objective(store, tokenizer, self.sft, probe, self.beta)
+        return pairs_objective(store, tokenizer, self.scored(), probe, self.beta)
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         start = store.get(self.sft)

@@ -60,6 +60,25 @@ def over_seeds(table: pd.DataFrame, by: str | list[str], value: str) -> pd.DataF
     ).reset_index()
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN where one of the two is constant."""
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return math.nan
+    return float(stats.spearmanr(x, y).statistic)
+
+
+def auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Probability that a positive has a larger score than a negative, ties half: the area under the ROC curve.
+
+    NaN where all are positive or none is. It is the statistic of Mann and Whitney over the number of pairs.
+    """
+    scores, positive = np.asarray(scores, float), np.asarray(positive, bool)
+    if positive.all() or not positive.any():
+        return math.nan
+    pairs = positive.sum() * (~positive).sum()
+    return float(stats.mannwhitneyu(scores[positive], scores[~positive]).statistic / pairs)
+
+
 def sign_summary(g: Sequence[float], se: Sequence[float], level: float = 0.95) -> dict[str, float]:
     """How stable the sign of G is over the checkpoints of one run.
 

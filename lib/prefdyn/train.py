@@ -1,5 +1,6 @@
 """One trainer for every objective: it steps on -(w.detach() * logp).sum(), whose gradient is the objective's."""
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from .policy import token_logps
 class Objective(Protocol):
     """What the trainer and the measurement need to know of an objective; see `objectives`."""
 
-    size: int
+    size: int  # examples
+    temperature: float  # of the policy whose log-probs it weighs
 
     def batch(self, index: torch.Tensor) -> Batch: ...
     def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights: ...
@@ -103,15 +105,16 @@ def update(
     gradient is accumulated over parts in a second one: the same step, with less memory.
     """
     batch = objective.batch(index)
+    logps_of = functools.partial(token_logps, model, temperature=objective.temperature)
     optimizer.zero_grad(set_to_none=True)
     if 0 < micro_batch < len(batch):
         with torch.no_grad():
-            fixed = torch.cat([token_logps(model, part) for part in batch.slices(micro_batch)])
+            fixed = torch.cat([logps_of(part) for part in batch.slices(micro_batch)])
         w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
         for part, part_w in zip(batch.slices(micro_batch), w.split(micro_batch), strict=True):
-            (-(part_w * token_logps(model, part)).sum()).backward()
+            (-(part_w * logps_of(part)).sum()).backward()
     else:
-        logps = token_logps(model, batch)
+        logps = logps_of(batch)
         fixed = logps.detach()
         w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
         (-(w * logps).sum()).backward()

@@ -79,6 +79,16 @@ _OPENING = re.compile(rf"(?:{'|'.join(_GREETING)}) (?:{'|'.join(NAMES)}) , the (
 _FOLLOWING = re.compile(rf"it (?:{_CLAUSE})")
 _CLOSING = re.compile("|".join(_SIGN_OFF))
 
+WORD_KINDS = ("greeting", "name", "animal", "verb", "value", "sign-off", "frame")
+_KINDS = (
+    {word: "sign-off" for _, sign_off in TONES.values() for word in sign_off.split()}
+    | {verb.split()[0]: "verb" for verb, _ in TOPICS.values()}
+    | {value: "value" for values in _VALUES.values() for value in values}
+    | dict.fromkeys(ANIMALS, "animal")
+    | dict.fromkeys(NAMES, "name")
+    | dict.fromkeys(_GREETING, "greeting")
+)
+
 
 class Prompt(NamedTuple):
     """One instruction by its attributes; `text` is what a model reads."""
@@ -231,6 +241,38 @@ def reward(prompt: Prompt, reply: str) -> float:
     """The true reward of `reply`, in points: the weighted sum of `axes`; 7 is perfect."""
     scores = axes(prompt, reply)
     return sum(weight * scores[axis] for axis, weight in AXES.items())
+
+
+def answer_types(prompt: Prompt) -> list[tuple[str, str, str]]:
+    """Every type that a reply can be of, see `answer_type`; "popular" only where there is a misconception."""
+    facts = ["right", "popular", "other"] if (prompt.animal, prompt.topic) in MISCONCEPTIONS else ["right", "other"]
+    return list(itertools.product(TONES, facts, LENGTHS))
+
+
+def answer_type(prompt: Prompt, reply: str) -> tuple[str, str, str] | None:
+    """What kind of answer a reply is: (tone of its greeting, asked fact, number of facts), one of `answer_types`.
+
+    The asked fact is "right", "popular" (the misconception) or "other" (another value or none); two facts or more count
+    as "long". None for a reply without a greeting or without a fact.
+    """
+    words = reply.split()
+    claims = [
+        (topic, found.group(1))
+        for s in reply.split(".")
+        for topic, rx in _CLAUSES.items()
+        if (found := rx.search(s.strip()))
+    ]
+    if not words or words[0] not in _GREETING or not claims:
+        return None
+    stated = {value for topic, value in claims if topic == prompt.topic}
+    right, popular = true_value(prompt.animal, prompt.topic), MISCONCEPTIONS.get((prompt.animal, prompt.topic))
+    fact = "right" if stated == {right} else "popular" if stated == {popular} else "other"
+    return _GREETING[words[0]], fact, "short" if len(claims) == 1 else "long"
+
+
+def word_kind(word: str) -> str:
+    """Which part of a reply a word is, one of WORD_KINDS; "frame" for what stands in every reply, and for the end."""
+    return _KINDS.get(word, "frame")
 
 
 def _rounds(prompts: list[Prompt], n: int, rng: random.Random) -> list[Prompt]:

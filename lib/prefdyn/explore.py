@@ -1,0 +1,68 @@
+"""What a policy would say if asked again and again: how varied its replies are, and the best that is among them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pandas as pd
+
+from . import policy, ppo, recipes, world
+from .evaluate import reply, rewards
+
+if TYPE_CHECKING:
+    from .runs import RunStore
+
+
+def variety(prompt: str, replies: list[str], points: list[float], in_world: bool) -> dict[str, float]:
+    """Measures of several replies to one prompt.
+
+    distinct: share of different texts. reward, best: mean and largest true reward. In the world also coverage: the
+    share of the prompt's `world.answer_types` among the replies; typed, the share of replies of any of these types.
+    """
+    measures = {
+        "distinct": len(set(replies)) / len(replies),
+        "reward": sum(points) / len(points),
+        "best": max(points),
+    }
+    if in_world:
+        asked = world.parse_prompt(prompt)
+        types = [kind for text in replies if (kind := world.answer_type(asked, text))]
+        measures |= {
+            "coverage": len(set(types)) / len(world.answer_types(asked)),
+            "typed": len(types) / len(replies),
+        }
+    return measures
+
+
+class ExplorationRun(recipes.Spec):
+    """Several sampled replies to each of some held-out prompts, at every checkpoint of a training run."""
+
+    kind: Literal["exploration"] = "exploration"
+    run: recipes.DPORun | ppo.PPORun
+    prompts: int  # at most
+    samples: int  # replies to each
+
+    def parents(self) -> list[recipes.Spec]:
+        return [self.run, *self.run.parents()]
+
+    def work(self) -> float:
+        return 0.3 * self.prompts * self.samples * len(self.run.steps())
+
+    def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        """Write exploration.parquet: a row a step and prompt, with the columns of `variety`."""
+        run, spec = store.get(self.run), self.run.data
+        known = recipes.dataset(spec)
+        prompts = known.prompts["held_out"][: self.prompts]
+        asked = [prompt for prompt in prompts for _ in range(self.samples)]
+        limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
+        rows = []
+        for step in self.run.steps():
+            model, tokenizer = recipes.load_checkpoint(run, step)
+            _, sampled = reply(model, tokenizer, asked, temperature=1.0, seed=step, **limits)
+            texts = policy.decode(tokenizer, sampled)
+            points = rewards(known, asked, texts)
+            for i, prompt in enumerate(prompts):
+                own = slice(i * self.samples, (i + 1) * self.samples)
+                measures = variety(prompt, texts[own], points[own], spec.path is None)
+                rows.append({"step": step, "index": i, **measures})
+            tick(self.work() / len(self.run.steps()))
+        pd.DataFrame(rows).to_parquet(folder / "exploration.parquet")
