@@ -10,11 +10,11 @@ trainers write it: log-softmax of all logits, the loss, backward, clipping, Adam
 
 The methods take turns, round by round, so that other load on the machine hits all of them alike; a first round warms
 up and is not counted. "ms" is the median over rounds, "ours/it" the median (and range) over rounds of the ratio of
-our time to that of a method in the same round. Before that it is checked that the methods do the same: one SGD step
-from the same weights leads to the same weights, and greedy replies are the same, token for token.
+our time to that of a method in the same round. Before that, one SGD step from the same weights must lead to the same
+weights, and greedy replies must be the same, token for token; else there is an error.
 
-At the end: where the time of an iteration of PPO goes, in a real run of the book's reader profile with less data,
-less supervised fine-tuning before it and fewer iterations (see BOOK); the same model as "0.1M".
+At the end: where the time of an iteration of PPO goes (medians over iterations), in a real run of the book's reader
+profile, cut short by what BOOK says; its model has the size "0.1M".
 
 A target that is missed is reported and is no error: times depend on the machine.
 """
@@ -34,6 +34,7 @@ from pathlib import Path
 from statistics import median
 from unittest import mock
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
@@ -46,7 +47,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 CLIP, NORM = 0.2, 1.0  # of PPO's ratio, of the gradient
-STEP_TARGET, ROLLOUT_TARGET = 1.1, 1.0  # time, ours / plain, at most; tokens a second, ours / transformers, at least
+TARGETS = {"plain": 1.1, "transformers": 1.0}  # our time in units of theirs, at most
 SAME = 1e-4  # differences up to here, relative to the largest update, are float32 noise
 
 
@@ -63,16 +64,8 @@ SIZES = {
     "3M": Setting(layers=4, width=256, heads=8, vocab=256, repeats=9, prompts=64, tokens=RESPONSE),
     "70M": Setting(layers=6, width=512, heads=8, vocab=50_304, repeats=3, prompts=16, tokens=48),  # Pythia-70m's shape
 }
-BOOK = {
-    "profile": "reader",
-    "seeds": [0],
-    "sft_steps": 20,
-    "demonstrations": 512,
-    "pairs": 256,
-    "check": 64,
-    "iterations": 8,
-    "checkpoints": 2,
-}
+BOOK = {"profile": "reader", "seeds": [0], "sft_steps": 20, "demonstrations": 512, "pairs": 256, "check": 64}
+BOOK |= {"iterations": 8, "checkpoints": 2}
 # Parts of an iteration and the functions that do them. The first two hold others: what is left of them is counted.
 PARTS = {
     "other": (ppo.PPORun, "_iterate"),
@@ -110,12 +103,8 @@ def steps(objective: objectives.DPO | objectives.PPO, loss_of: Loss) -> dict[str
     """Our step on all examples of an objective, and the plain ones on the same batch."""
     index = torch.arange(objective.size)
     batch = objective.batch(index)
-
-    def ours(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        return update(model, objective, optimizer, index, clip=NORM)
-
     return {
-        "ours": ours,
+        "ours": lambda model, optimizer: update(model, objective, optimizer, index, clip=NORM),
         "plain": functools.partial(plain_step, batch, loss_of, 0),
         "plain, responses only": functools.partial(plain_step, batch, loss_of, RESPONSE + 1),
     }
@@ -153,9 +142,9 @@ def ppo_steps(model: PreTrainedModel, rollouts: Batch) -> dict[str, Step]:
 
 
 def disagreement(model: PreTrainedModel, methods: dict[str, Step]) -> float:
-    """How far weights differ after one SGD step of each method, relative to the largest update of a weight.
+    """How far weights differ after one step of each method, relative to the largest update of a weight.
 
-    Not AdamW, whose first step is the sign of the gradient, even of rounding. Raises RuntimeError beyond SAME.
+    By SGD: AdamW's first step is the sign of the gradient, even of rounding. Raises RuntimeError beyond SAME.
     """
     updates = []
     for step in methods.values():
@@ -175,21 +164,16 @@ def trained(model: PreTrainedModel, step: Step) -> Callable[[], object]:
     return functools.partial(step, own, torch.optim.AdamW(own.parameters(), lr=1e-4, weight_decay=0.0))
 
 
-def random_prompts(setting: Setting) -> list[list[int]]:
-    """Prompts of random tokens, of random lengths."""
-    rng = torch.Generator().manual_seed(5)
-    lengths = torch.randint(PROMPT // 2, PROMPT + 1, (setting.prompts,), generator=rng).tolist()
-    return [torch.randint(4, setting.vocab, (length,), generator=rng).tolist() for length in lengths]
-
-
 def generators(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[float], list[list[int]]]]:
-    """Replies to the same prompts at a temperature, by our function and by transformers.
+    """Replies to the same random prompts at a temperature, by our function and by transformers.
 
     All replies have full length: the token that would end them is one that the vocabulary does not have. Raises
     RuntimeError if greedy replies differ.
     """
-    prompts, pad_id, eos_id = random_prompts(setting), 0, setting.vocab
-    width = max(map(len, prompts))
+    rng, pad_id, eos_id = torch.Generator().manual_seed(5), 0, setting.vocab
+    lengths = torch.randint(PROMPT // 2, PROMPT + 1, (setting.prompts,), generator=rng).tolist()
+    prompts = [torch.randint(4, setting.vocab, (length,), generator=rng).tolist() for length in lengths]
+    width = max(lengths)
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
@@ -219,32 +203,24 @@ def race(title: str, methods: dict[str, Callable[[], object]], repeats: int, bar
             call()
             elapsed[method].append(time.perf_counter() - start)
             bar.update()
-    elapsed = {method: spent[1:] for method, spent in elapsed.items()}  # without the round that warms up
-    ratios = {
-        method: [ours / its for ours, its in zip(elapsed["ours"], spent, strict=True)]
-        for method, spent in elapsed.items()
-    }
-    return {
-        method: {"ms": 1000 * median(spent), "ratio": median(ratios[method]), "ratios": ratios[method]}
-        for method, spent in elapsed.items()
-    }
+    rows = {}
+    for method, (_, *spent) in elapsed.items():  # without the round that warms up
+        ratios = [ours / its for ours, its in zip(elapsed["ours"][1:], spent, strict=True)]
+        rows[method] = {"ms": 1000 * median(spent), "ratio": median(ratios), "ratios": ratios}
+    return rows
 
 
 def measure(name: str, repeats: int, bar: tqdm) -> dict:
     """Everything about one size."""
     setting = SIZES[name]
     model, chosen, rejected = make_model(setting), *(random_batch(setting.vocab, seed) for seed in (1, 2))
+    rollouts = concatenate([chosen, rejected])
+    steps_of = {"DPO step": dpo_steps(model, chosen, rejected), "PPO step": ppo_steps(model, rollouts)}
     result = {"parameters": sum(p.numel() for p in model.parameters()), "repeats": repeats}
-    makers = {
-        "DPO step": lambda: dpo_steps(model, chosen, rejected),
-        "PPO step": lambda: ppo_steps(model, concatenate([chosen, rejected])),
-    }
-    for title, make in makers.items():
-        methods = make()
-        result[f"{title}, difference"] = disagreement(model, methods)
-        result[title] = race(
-            f"{name}: {title}", {method: trained(model, step) for method, step in methods.items()}, repeats, bar
-        )
+    result["differences"] = {kind: disagreement(model, methods) for kind, methods in steps_of.items()}
+    for kind, methods in steps_of.items():
+        racers = {method: trained(model, step) for method, step in methods.items()}
+        result[kind] = race(f"{name}: {kind}", racers, repeats, bar)
     sampling = {method: functools.partial(replies, 1.0) for method, replies in generators(model, setting).items()}
     result["rollout"] = race(f"{name}: rollout", sampling, repeats, bar)
     for row in result["rollout"].values():
@@ -278,11 +254,10 @@ class Clock:
                 return function(*args, **kwargs)
             self.lap()
             self.open.append(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.lap()
-                self.open.pop()
+            result = function(*args, **kwargs)
+            self.lap()
+            self.open.pop()
+            return result
 
         return timed
 
@@ -294,23 +269,39 @@ def iteration() -> dict:
         for part, (owner, name) in PARTS.items():
             patches.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))
         log = RunStore(folder).get(spec).frame("steps")
-    totals = [sum(spent.values()) for spent in clock.iterations]
+    spent = pd.DataFrame(clock.iterations)
+    shares = spent.div(spent.sum(axis=1), axis=0)
     rows = {
-        part: {
-            "ms": 1000 * median(spent[part] for spent in clock.iterations),
-            "share": sum(spent[part] for spent in clock.iterations) / sum(totals),
-            "shares": [spent[part] / total for spent, total in zip(clock.iterations, totals, strict=True)],
-        }
-        for part in PARTS
+        part: {"ms": 1000 * spent[part].median(), "share": shares[part].median(), "shares": shares[part].tolist()}
+        for part in shares.median().sort_values(ascending=False).index
     }
-    return {
-        "ms": 1000 * median(totals),
-        "iterations": len(totals),
-        "rollouts": spec.rollouts,
-        "updates": log["updates"].mean(),
-        "length": log["length"].mean(),
-        "parts": dict(sorted(rows.items(), key=lambda item: -item[1]["share"])),
-    }
+    said = {"rollouts": spec.rollouts, "updates": log["updates"].mean(), "length": log["length"].mean()}
+    return {"ms": 1000 * spent.sum(axis=1).median(), "iterations": len(spent), **said, "parts": rows}
+
+
+def line(title: str, row: dict, ratio: str = "ratio", form: str = ".2f") -> str:
+    """A line of a table: milliseconds, a ratio and its range."""
+    low, high = min(row[f"{ratio}s"]), max(row[f"{ratio}s"])
+    return f"  {title:32}{row['ms']:12,.1f}{row[ratio]:10{form}}{f'({low:{form}} to {high:{form}})':>20}"
+
+
+def report(name: str, result: dict) -> str:
+    """All that is said about one size."""
+    setting, lines = SIZES[name], []
+    for kind in ("DPO step", "PPO step", "rollout"):
+        for method, row in result[kind].items():
+            speed = f"{row['tokens_a_second']:,.0f}" if kind == "rollout" else ""
+            how = "holds" if row["ratio"] <= TARGETS.get(method, 0) else "MISSED"
+            target = f"  {how}: at most {TARGETS[method]:.2f}" if method in TARGETS else ""
+            lines.append(f"{line(f'{kind:10}{method}', row)}{speed:>12}{target}".rstrip())
+    head = [
+        f"{name}: {result['parameters']:,} parameters ({setting.layers} layers, width {setting.width}, vocabulary "
+        f"{setting.vocab:,}); rollouts: {setting.prompts} x {setting.tokens} tokens; rounds: {result['repeats']}",
+        f"  {'':32}{'ms':>12}{'ours/it':>10}{'(range)':>20}{'tokens/s':>12}  target",
+    ]
+    differ = " and ".join(f"{worst:.1e} ({kind})" for kind, worst in result["differences"].items())
+    check = f"  check: after one SGD step weights differ by {differ} of the largest update; greedy replies are equal"
+    return "\n".join([*head, *lines, check])
 
 
 def report_iteration(result: dict) -> str:
@@ -318,47 +309,9 @@ def report_iteration(result: dict) -> str:
     lines = [
         f"an iteration of PPO in the book: {result['ms']:,.0f} ms for {result['rollouts']} replies of "
         f"{result['length']:.0f} tokens and {result['updates']:.0f} updates; iterations: {result['iterations']}",
-        f"  {'':30}{'ms':>10}{'share':>10}{'(range)':>16}",
+        f"  {'':32}{'ms':>12}{'share':>10}{'(range)':>20}",
     ]
-    for part, row in result["parts"].items():
-        spread = f"({min(row['shares']):.1%} to {max(row['shares']):.1%})"
-        lines.append(f"  {part:30}{row['ms']:10,.1f}{row['share']:10.1%}{spread:>18}")
-    return "\n".join(lines)
-
-
-def verdict(value: float, limit: float, most: bool = True) -> str:
-    """Whether a target holds."""
-    holds = value <= limit if most else value >= limit
-    return f"{value:.2f} ({'holds' if holds else 'MISSED'}: at {'most' if most else 'least'} {limit:.2f})"
-
-
-def table(title: str, rows: dict[str, dict]) -> list[str]:
-    """One line a method."""
-    lines = []
-    for method, row in rows.items():
-        spread = f"({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-        speed = f"{row['tokens_a_second']:12,.0f}" if "tokens_a_second" in row else ""
-        lines.append(f"  {title:10}{method:22}{row['ms']:12,.1f}{row['ratio']:10.2f}{spread:>18}{speed}")
-    return lines
-
-
-def report(name: str, result: dict) -> str:
-    """All that is said about one size."""
-    setting, races = SIZES[name], {title: result[title] for title in ("DPO step", "PPO step", "rollout")}
-    gain = 1 / races["rollout"]["transformers"]["ratio"]
-    head = [
-        f"{name}: {result['parameters']:,} parameters ({setting.layers} layers, width {setting.width}, vocabulary "
-        f"{setting.vocab:,}); rollouts: {setting.prompts} x {setting.tokens} tokens; rounds: {result['repeats']}",
-        f"  {'':10}{'':22}{'ms':>12}{'ours/it':>10}{'(range)':>18}{'tokens/s':>12}",
-    ]
-    checks = [f"{result[f'{title}, difference']:.1e} after a {title}" for title in ("DPO step", "PPO step")]
-    tail = [
-        f"  check: weights differ by {' and '.join(checks)} (SGD), of the largest update; greedy replies are equal",
-        f"  targets: DPO step, ours / plain {verdict(races['DPO step']['plain']['ratio'], STEP_TARGET)};",
-        f"           PPO step, ours / plain {verdict(races['PPO step']['plain']['ratio'], STEP_TARGET)};",
-        f"           tokens a second, ours / transformers {verdict(gain, ROLLOUT_TARGET, most=False)}",
-    ]
-    return "\n".join(head + [line for title, rows in races.items() for line in table(title, rows)] + tail)
+    return "\n".join(lines + [line(part, row, "share", ".1%") for part, row in result["parts"].items()])
 
 
 def arguments() -> argparse.Namespace:

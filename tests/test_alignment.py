@@ -72,6 +72,24 @@ def test_forward_mode_equals_per_token_backward_in_float64(exact, architecture):
     assert torch.allclose(logps, token_logps(model, batch), atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "qwen3, tied"])
+def test_scores_at_a_temperature(exact, architecture, temperature):
+    """All methods agree on <grad log softmax(logits / T), d>, and the weighted sum is the gradient's inner product."""
+    model, batch, weights, targets = setting(architecture)
+    direction = alignment.target_direction(model, targets)
+    logps, expected = alignment.token_scores(model, batch, direction, "backward", temperature=temperature)
+    assert torch.allclose(logps, token_logps(model, batch, temperature).detach(), atol=1e-12)
+    size = expected.abs().max()
+    for method, bound in (("forward", 1e-11), ("central", 1e-6)):
+        values, scores = alignment.token_scores(model, batch, direction, method, size=3, temperature=temperature)
+        assert (values - logps).abs().max() < 1e-11 and (scores - expected).abs().max() < bound * size, method
+    ascent = alignment.gradient(model, [(batch, weights.w)], temperature)
+    assert alignment.inner(ascent, direction).item() == pytest.approx((weights.w * expected).sum().item(), rel=1e-9)
+    _, plain = alignment.token_scores(model, batch, direction)
+    assert (plain - expected).abs().max() > 0.05 * size
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("method", "bound"), [("forward", 1e-5), ("central", 1e-3)])
 def test_float32_is_close_to_the_largest_score(architecture, method, bound):

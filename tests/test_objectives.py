@@ -48,7 +48,7 @@ def plain_logp(model, batch) -> torch.Tensor:
 def assert_same_gradient(model, loss: torch.Tensor, objective, index: torch.Tensor) -> None:
     """Autograd of `loss` equals autograd of -(w.detach() * logp).sum() to 1e-10 of its largest entry."""
     batch = objective.batch(index)
-    logps = token_logps(model, batch)
+    logps = token_logps(model, batch, objective.temperature)
     w = objective.weights(logps.detach(), batch, index).w
     parameters = list(model.parameters())
     published = torch.autograd.grad(loss, parameters)
@@ -207,19 +207,23 @@ def test_ppo_weights_are_the_gradient_by_log_probs(double):
     assert (w + gradient).abs().max() < 1e-10 < w.abs().max()
 
 
-def test_ppo_weights_give_the_gradient_of_the_published_surrogate(models):
-    """-mean of min(r A, clip(r, 1 - eps, 1 + eps) A) over tokens, Schulman et al. 2017, eq. 7, token by token."""
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ppo_weights_give_the_gradient_of_the_published_surrogate(models, temperature):
+    """-mean of min(r A, clip(r, 1 - eps, 1 + eps) A) over tokens, Schulman et al. 2017, eq. 7, token by token.
+
+    r is the ratio of the policies that sample at the temperature: of softmaxes of logits / T.
+    """
     model, _ = models
     rollouts, rng = random_batch(16), torch.Generator().manual_seed(1)
     shift = torch.tensor([0.1, 0.4, -0.4])[torch.randint(3, rollouts.ids.shape, generator=rng)]
-    then = token_logps(model, rollouts).detach() + shift
+    then = token_logps(model, rollouts, temperature).detach() + shift
     advantages = torch.randn(rollouts.ids.shape, generator=rng)
     advantages[:, 4] = 0.0
     index = torch.tensor([8, 1, 4, 2, 0, 15, 11, 9, 13])
     terms, cases = [], set()
     for row in index.tolist():
         length = int(rollouts.attention[row].sum())  # padded on the right
-        table = F.log_softmax(model(rollouts.ids[row : row + 1, :length]).logits[0], -1)
+        table = F.log_softmax(model(rollouts.ids[row : row + 1, :length]).logits[0] / temperature, -1)
         for t in rollouts.response[row].nonzero().flatten().tolist():
             ratio = (table[t - 1, rollouts.ids[row, t]] - then[row, t]).exp()
             terms.append(torch.minimum(ratio * advantages[row, t], ratio.clamp(0.8, 1.2) * advantages[row, t]))
@@ -227,11 +231,12 @@ def test_ppo_weights_give_the_gradient_of_the_published_surrogate(models):
             cases.add((side, advantages[row, t].sign().item()))
     assert cases >= {(side, sign) for side in ("below", "inside", "above") for sign in (-1.0, 1.0)}
     assert any(sign == 0 for _, sign in cases)
-    objective = PPO(rollouts, then, advantages, clip=0.2)
+    objective = PPO(rollouts, then, advantages, 0.2, temperature)
     loss = -torch.stack(terms).mean()
     assert_same_gradient(model, loss, objective, index)
     batch = objective.batch(index)
-    assert objective.metrics(token_logps(model, batch).detach(), batch, index)["loss"] == pytest.approx(loss.item())
+    logps = token_logps(model, batch, temperature).detach()
+    assert objective.metrics(logps, batch, index)["loss"] == pytest.approx(loss.item())
 
 
 def test_before_its_first_step_ppo_follows_its_advantages(double):

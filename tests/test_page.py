@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -87,6 +88,47 @@ def test_texts_escape_what_is_in_them(shown):
     assert data["text/plain"] == f"{EVIL} | 0\n{EVIL} | 1"
 
 
+def shades(html: str) -> list[tuple[str, str, str, str]]:
+    """Background, line, title and text of every token."""
+    return re.findall(
+        r'<span style="background:rgb\(([^)]*)\);[^"]*2px (\w+) [^"]*" title="([^"]*)">(.*?)</span>', html
+    )
+
+
+def test_tokens_are_shaded_by_their_number(shown):
+    """Full colour at the largest of the row, half-way to the card's 251 at half of it, the card alone at 0."""
+    page.shaded([("w", ["up", " half", "no", "down"], [2.0, 1.0, 0.0, -2.0]), ("a", ["x"], np.array([-1e-3]))])
+    ((data, _),) = shown
+    assert shades(data["text/html"]) == [
+        ("86, 160, 220", "solid", "+2", "up"),
+        ("168, 206, 236", "solid", "+1", "half"),  # (86 + 251) / 2 = 168.5, 205.5, 235.5: to the even number
+        ("251, 251, 251", "solid", "+0", "no"),
+        ("240, 150, 70", "dotted", "-2", "down"),
+        ("240, 150, 70", "dotted", "-0.001", "x"),
+    ]
+    assert re.findall(r"most: ([^<]*)<", data["text/html"]) == ["2", "0.001"]
+    assert data["text/plain"] == "w: up (+2)  half (+1) no (+0) down (-2)\na: x (-0.001)"
+
+
+def test_shaded_tokens_and_names_cannot_become_markup(shown):
+    page.shaded([(EVIL, [EVIL, "<eos>", '"', " \n"], [1.0, -1.0, 0.5, 0.25])])
+    ((data, _),) = shown
+    html = data["text/html"]
+    assert "<script" not in html and html.count("&lt;script&gt;") == 2
+    texts = [text for *_, text in shades(html)]
+    assert texts[1:] == ["&lt;eos&gt;", "&quot;", "␣"]  # what would be invisible is shown
+
+
+def test_there_may_be_nothing_to_shade(shown):
+    page.shaded([("zeros", ["a", "b"], [0.0, -0.0]), ("empty", [], [])])
+    page.shaded([])
+    (data, _), (nothing, _) = shown
+    assert [shade for shade, *_ in shades(data["text/html"])] == ["251, 251, 251"] * 2
+    assert data["text/html"].count("<tr>") == 2 and "<tr>" not in nothing["text/html"]
+    with pytest.raises(ValueError, match="shorter"):
+        page.shaded([("w", ["a", "b"], [1.0])])
+
+
 def test_figures_describe_themselves(shown):
     fig, _ = plots.panels(2)
     page.figure(fig, "fig-test", "A caption.", "Two empty panels.")
@@ -115,6 +157,28 @@ def test_seeds_are_thin_lines_and_their_mean_has_a_band():
     assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2], [3, 4], [2, 3]]
     assert len(ax.collections) == 1
     assert len(alone.lines) == 2 and not alone.collections  # one seed has no interval
+    plt.close(fig)
+
+
+def test_curves_are_compared_by_name():
+    """Each name has its seeds as thin lines without a label and one labelled mean, in its colour and in order."""
+    rows = [("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 5.0), ("b", 1, 5.0), ("left out", 0, 9.0)]
+    table = pd.DataFrame(
+        [(k, s, step, y + step) for k, s, y in rows for step in (0, 2)], columns=["k", "seed", "t", "y"]
+    )
+    fig, (ax,) = plots.panels(1)
+    plots.compare(ax, table, "y", "k", {"b": "orange", "a": "blue"}, x="t", dash="--")
+    assert ax.get_legend_handles_labels()[1] == ["b", "a"]
+    drawn = [(line.get_ydata().tolist(), line.get_color(), line.get_linewidth() > 2) for line in ax.lines]
+    assert drawn == [
+        ([5, 7], plots.COLOURS["orange"], False),
+        ([5, 7], plots.COLOURS["orange"], False),
+        ([5, 7], plots.COLOURS["orange"], True),
+        ([1, 3], plots.COLOURS["blue"], False),
+        ([3, 5], plots.COLOURS["blue"], False),
+        ([2, 4], plots.COLOURS["blue"], True),
+    ]
+    assert all(line.get_linestyle() == "--" and line.get_xdata().tolist() == [0, 2] for line in ax.lines)
     plt.close(fig)
 
 

@@ -188,16 +188,63 @@ def test_steps_follow_from_epochs_and_pairs():
     assert short.parents()[0] == short.sft == plan.sft_run(p, 0)
 
 
-def test_parameters_reach_the_measurement():
-    p = check(SMALL | {"target_prompts": "train", "target_reduction": "mean", "method": "central", "probe": 33})
-    measured = plan.alignment_run(p, plan.dpo_run(p, 0), probe="check")
-    assert measured.targets.model_dump() == {
-        "prompts": "train",
-        "decoding": "greedy",
-        "reduction": "mean",
-        "count": 6,
-    }
-    assert (measured.probe, measured.size, measured.method) == ("check", 33, "central")
+def test_parameters_reach_the_measurements():
+    targets = {"responses": "unrelated", "prompts": "train", "decoding": "greedy", "reduction": "mean"}
+    p = check(SMALL | {f"target_{k}": v for k, v in targets.items()} | {"method": "central", "probe": 33})
+    run = plan.dpo_run(p, 0)
+    measured = plan.alignment_run(p, run, probe="check")
+    assert measured.targets.model_dump() == targets | {"count": 6}
+    assert (measured.run, measured.probe, measured.size, measured.method) == (run, "check", 33, "central")
+    choices = {"as declared": measured.targets}
+    chosen = plan.targets_run(p, run, choices)
+    assert (chosen.run, chosen.choices, chosen.probe, chosen.size) == (run, choices, "check", 33)
+    explored = plan.exploration_run(p.model_copy(update={"explore_prompts": 5, "explore_samples": 3}), run)
+    assert (explored.run, explored.prompts, explored.samples) == (run, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("declared", "others"),
+    [
+        ({}, ["prompts: train", "decoding: sampled", "reduction: mean", "responses: chosen", "responses: unrelated"]),
+        (
+            {"target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean"},
+            ["prompts: held_out", "decoding: greedy", "reduction: sum", "responses: chosen", "responses: unrelated"],
+        ),
+    ],
+)
+def test_each_choice_of_targets_differs_in_what_it_is_named_after(declared, others):
+    """Beside what is declared there is one for each other value of each choice, with all else as declared."""
+    p = check(SMALL | declared)
+    choices = plan.target_choices(p)
+    base = choices.pop("as declared")
+    assert base == plan.alignment_run(p, plan.dpo_run(p, 0)).targets and list(choices) == others
+    for name, choice in choices.items():
+        what, value = name.split(": ")
+        assert choice.model_dump() == base.model_dump() | {what: value} != base.model_dump()
+
+
+def test_supervised_fine_tuning_is_shared_between_label_noises(tmp_path):
+    """Everything that reads the pairs has a run of its own for each noise; demonstrations have no labels."""
+    store, noisy = RunStore(tmp_path), [check(SMALL | {"label_noise": noise}) for noise in (0.0, 0.2, 0.4)]
+    assert len({store.key(plan.sft_run(p, 0)) for p in noisy}) == 1
+    for made in (plan.dpo_run, plan.reward_run, plan.ppo_run, lambda p, seed: plan.dpo_run(p, seed).scored()):
+        runs = [made(p, 0) for p in noisy]
+        assert len({store.key(run) for run in runs}) == 3
+        assert [run.data.label_noise for run in runs] == [0.0, 0.2, 0.4] and len({run.sft for run in runs}) == 1
+    for p in noisy:
+        dpo, rewarded = plan.dpo_run(p, 0), plan.ppo_run(p, 0, reward="learned")
+        assert dpo.scored() == rewarded.scored() and dpo.parents() == [dpo.sft, dpo.scored()]
+        assert rewarded.parents() == [dpo.sft, dpo.scored(), plan.reward_run(p, 0)]
+        assert dpo.data == rewarded.data == rewarded.reward.data == plan.data_spec(p, 0)
+
+
+def test_each_reward_has_its_leash(tmp_path):
+    """A learned reward is believed only near the reference; what is given by name goes before either parameter."""
+    p = check(SMALL | {"kl_coefficient": 0.1, "learned_kl": 0.7})
+    for reward, coefficient in (("true", 0.1), ("learned", 0.7), (None, 0.1)):
+        assert plan.ppo_run(p, 0, reward=reward).kl_coefficient == coefficient
+        assert [plan.ppo_run(p, 0, reward=reward, leash=leash).kl_coefficient for leash in (0.0, 0.3)] == [0.0, 0.3]
+    assert plan.ppo_run(p.model_copy(update={"reward": "learned"}), 0) == plan.ppo_run(p, 0, reward="learned")
 
 
 def test_a_reward_model_sees_the_pairs_as_often_as_asked():
@@ -284,22 +331,40 @@ def test_a_checkpoint_is_identified_by_its_files(tmp_path):
 
 
 PPO = {
-    "iterations": 7, "rollouts": 33, "ppo_epochs": 3, "ppo_batch": 15, "ppo_lr": 2e-3, "value_lr": 2e-3,
-    "reward": "true", "reward_epochs": 9.0, "reward_lr": 2e-3, "clip": 0.3, "value_clip": 0.4, "kl_coefficient": 0.1,
-    "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1,
+    "iterations": 7, "rollouts": 33, "temperature": 0.7, "ppo_epochs": 3, "ppo_batch": 15, "ppo_lr": 2e-3,
+    "value_lr": 2e-3, "reward": "true", "reward_epochs": 9.0, "reward_lr": 2e-3, "clip": 0.3, "value_clip": 0.4,
+    "learned_kl": 0.1, "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1,
 }  # fmt: skip
+EXPLORE = {"explore_prompts": 5, "explore_samples": 3}
 
 
 def test_every_parameter_of_ppo_changes_the_key_of_its_runs_alone(tmp_path):
+    """From a learned reward, whose leash is `learned_kl`; with the true one `kl_coefficient` is what counts."""
     store, p = RunStore(tmp_path), check(SMALL | {"reward": "learned"})
     others = [p.model_copy(update={name: value}) for name, value in PPO.items()]
     keys = [store.key(plan.ppo_run(q, 0)) for q in (p, *others)]
     assert len({*keys, store.key(plan.ppo_run(p, 0, control="top"))}) == len(PPO) + 2
     assert len({store.key(plan.dpo_run(q, 0)) for q in (p, *others)}) == 1
-    run = plan.ppo_run(p.model_copy(update=PPO), 0)
+    run = plan.ppo_run(p.model_copy(update=PPO), 0, leash=0.3)
     same = PPO.keys() & type(run).model_fields.keys() - {"reward"}
     assert len(same) == 10 and {name: getattr(run, name) for name in same} == {name: PPO[name] for name in same}
-    assert (run.epochs, run.reward, plan.alignment_run(p, run).run) == (3, None, run)
+    assert (run.epochs, run.reward, run.kl_coefficient, plan.alignment_run(p, run).run) == (3, None, 0.3, run)
+    for own, reward in {"kl_coefficient": "true", "learned_kl": "learned"}.items():
+        by_name = [
+            store.key(plan.ppo_run(p.model_copy(update={name: 0.3}), 0, reward=reward))
+            for name in ("kl_coefficient", "learned_kl")
+        ]
+        unchanged = store.key(plan.ppo_run(p, 0, reward=reward))
+        assert [key != unchanged for key in by_name] == [name == own for name in ("kl_coefficient", "learned_kl")]
+
+
+def test_every_parameter_of_exploration_changes_its_key(tmp_path):
+    store, p = RunStore(tmp_path), check(SMALL)
+    keys = {
+        store.key(plan.exploration_run(q, plan.dpo_run(q, 0)))
+        for q in (p, *(p.model_copy(update={name: value}) for name, value in EXPLORE.items()))
+    }
+    assert len(keys) == 3
 
 
 def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
@@ -310,11 +375,12 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "pairs": 48, "check": 16, "demonstrations": 500, "label_noise": 0.1, "validation": 3, "held_out": 7,
         "max_prompt": 25, "max_response": 29, "vocab_size": 400, "layers": 2, "width": 64, "heads": 4,
         "sft_steps": 61, "sft_lr": 2e-2, "sft_batch": 9, "beta": 0.2, "lr": 2e-3, "epochs": 3.0, "batch": 9,
-        "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_prompts": "train",
-        "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
+        "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_responses": "chosen",
+        "target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
     }  # fmt: skip
-    assert changed.keys() | PPO.keys() == params.Parameters.model_fields.keys()
-    changed |= dict.fromkeys(PPO)
+    elsewhere = PPO.keys() | EXPLORE.keys() | {"kl_coefficient"}
+    assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
+    changed |= dict.fromkeys(elsewhere)
 
     def key(p) -> str:
         return store.key(plan.alignment_run(p, plan.dpo_run(p, 0)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from prefdyn import data, policy, world
 from prefdyn.data import pad
 from scipy import stats
-from toys.models import ARCHITECTURES, Table, build, random_batch, tiny_policy
+from toys.models import ARCHITECTURES, Table, build, lift_float32, random_batch, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ["Hello, wörld! 你好 🙂", "two\n\nlines and  spaces ", "dear ann , the fox lives in the den ."]
@@ -133,6 +133,23 @@ def test_padding_changes_nothing_and_a_plain_loop_agrees(architecture, side):
 def test_log_probs_are_at_least_float32():
     model = Table([[0.0, 1.0], [0.5, 0.0]]).to(torch.bfloat16)
     assert policy.token_logps(model, pad([[0]], [[1]], 0)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_log_probs_at_a_temperature_are_those_of_the_logits_over_it(double, monkeypatch, temperature):
+    lift_float32(monkeypatch)
+    model, batch = build("qwen3"), random_batch(6)
+    logps = policy.token_logps(model, batch, temperature)
+    logits, columns = policy.response_logits(model, batch, temperature)
+    for row in range(len(batch)):
+        ids = batch.ids[row][batch.attention[row]]
+        answered = int(batch.response[row].sum())
+        table = model(ids[None]).logits[0] / temperature
+        own = torch.arange(len(ids) - answered, len(ids))
+        expected = F.log_softmax(table, -1)[own - 1, ids[own]]
+        assert (logps[row][batch.response[row]] - expected).abs().max() < 1e-12
+        assert (logits[row][batch.response[row, columns]] - table[own - 1]).abs().max() < 1e-11
+    assert (logps[~batch.response] == 0).all()
 
 
 def greedy_without_cache(model, prompt: list[int], steps: int, eos: int) -> list[int]:

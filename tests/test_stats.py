@@ -54,6 +54,48 @@ def test_over_seeds_by_hand():
     assert by_two[["kind", "step"]].to_numpy().tolist() == [["a", 0], ["a", 1]]
 
 
+def test_rank_correlation_against_its_definition():
+    """Pearson's correlation of ranks, where equal numbers share the mean of their ranks."""
+
+    def ranks(x) -> list[float]:
+        return [sum(b < a for b in x) + (sum(b == a for b in x) + 1) / 2 for a in x]
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 6, size=(2, 12)).tolist()
+        assert stats.rank_correlation(x, y) == pytest.approx(np.corrcoef(ranks(x), ranks(y))[0, 1])
+    # ranks 1, 2, 3 and 3, 1, 2 differ by 2, 1, 1: 1 - 6 * 6 / (3 * 8)
+    assert stats.rank_correlation([0.1, 0.2, 9.0], [7.0, -1.0, 3.0]) == pytest.approx(-0.5)
+    assert stats.rank_correlation(pd.Series([1.0, 2.0]), np.array([5.0, 50.0])) == pytest.approx(1)
+
+
+def test_auc_against_all_pairs():
+    """The share of (positive, negative) pairs in which the positive has the larger score, ties half."""
+    rng = np.random.default_rng(0)
+    for positives in (1, 5, 29):
+        scores, positive = rng.integers(0, 8, size=30) / 4, np.arange(30) < positives
+        wins = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+        assert stats.auc(scores, positive) == pytest.approx(np.mean(wins))
+        assert stats.auc(pd.Series(-scores), positive.tolist()) == pytest.approx(1 - np.mean(wins))
+    # 3 > 2, 3 > 1, 2 = 2, 2 > 1: 3.5 of 4
+    assert stats.auc([3.0, 2.0, 2.0, 1.0], [True, True, False, False]) == 0.875
+
+
+@pytest.mark.parametrize(("x", "y"), [([1, 1, 1], [1, 2, 3]), ([1, 2], [3, 3]), ([1], [2]), ([], [])])
+def test_a_constant_has_no_rank_correlation(x, y):
+    assert math.isnan(stats.rank_correlation(x, y))
+
+
+@pytest.mark.parametrize("positive", [[True, True], [False, False], []])
+def test_auc_needs_both_kinds(positive):
+    assert math.isnan(stats.auc([1.0, 2.0][: len(positive)], positive))
+
+
+def test_missing_numbers_are_not_ranked():
+    assert math.isnan(stats.rank_correlation([1, math.nan, 3], [1, 2, 3]))
+    assert math.isnan(stats.auc([1.0, math.nan, 3.0], [True, True, False]))
+
+
 def test_signs_by_hand():
     """z = 1.96: +3, -3 and +2 standard errors are sure, +1 is not, the missing one does not count.
 

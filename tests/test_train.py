@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from prefdyn import train
-from prefdyn.objectives import DPO, SFT
+from prefdyn.objectives import DPO, PPO, SFT
 from prefdyn.policy import sequence_logps, token_logps
 from prefdyn.train import Optimisation
 from toys.models import build, random_batch
@@ -20,6 +20,14 @@ def dpo() -> DPO:
     """Ten pairs, and as reference a model that is not trained here."""
     chosen, rejected, reference = random_batch(10, seed=1), random_batch(10, seed=2), build("gpt_neox", seed=9)
     return DPO(chosen, rejected, *(sequence_logps(reference, b) for b in (chosen, rejected)), beta=0.3)
+
+
+def ppo() -> PPO:
+    """Ten rollouts of another policy, a little different at temperature 0.7, some of them beyond the clip."""
+    rollouts, rng = random_batch(10, seed=1), torch.Generator().manual_seed(0)
+    noise, advantages = (torch.randn(rollouts.ids.shape, generator=rng) for _ in range(2))
+    old = token_logps(build("gpt_neox"), rollouts, 0.7).detach() + 0.2 * noise
+    return PPO(rollouts, old, advantages, clip=0.2, temperature=0.7)
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -95,14 +103,14 @@ def test_half_written_state_is_not_read(tmp_path):
     assert not (tmp_path / "state-6.safetensors").exists()
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "ppo"])
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_micro_batches_make_the_same_step(double, objective, micro_batch):
     """Weights of the whole batch, gradient in parts: DPO's pairs are split between parts, and nothing changes."""
 
     def trained(micro: int):
         model = build("gpt_neox")
-        made = dpo() if objective == "dpo" else SFT(random_batch(10))
+        made = {"sft": lambda: SFT(random_batch(10)), "dpo": dpo, "ppo": ppo}[objective]()
         log = fit(model, made, replace(CONFIG, steps=3, micro_batch=micro, optimizer="sgd"), control="positive")
         return weights_of(model), log
 
@@ -139,6 +147,30 @@ def test_a_step_of_sgd_goes_down_the_gradient_of_the_published_loss(double):
         "gradient_norm": pytest.approx(gradient_norm),
         "lr": 0.05,
     }
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_a_step_of_sgd_goes_down_the_surrogate_at_its_temperature(double, micro_batch):
+    """theta - lr * grad of -mean of min(r A, clip(r) A), with r from softmax(logits / 0.7), on the whole logits."""
+    config = replace(CONFIG, steps=1, batch_size=10, optimizer="sgd", warmup=0.0, clip=0.0, micro_batch=micro_batch)
+    model, expected, objective = build("gpt_neox"), build("gpt_neox"), ppo()
+    rollouts = objective.rollouts
+    positions = (rollouts.attention.long().cumsum(-1) - 1).clamp(min=0)
+    out = expected(input_ids=rollouts.ids, attention_mask=rollouts.attention.long(), position_ids=positions)
+    table = (out.logits[:, :-1] / 0.7).log_softmax(-1)
+    now, inside = table.gather(-1, rollouts.ids[:, 1:, None]).squeeze(-1), rollouts.response[:, 1:]
+    ratio, a = (now - objective.old_logps[:, 1:]).exp()[inside], objective.advantages[:, 1:][inside]
+    assert 0.1 < ((ratio - 1).abs() > 0.2).double().mean() < 0.9
+    loss = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter -= config.lr * parameter.grad
+    (row,) = fit(model, objective, config)
+    # transformers' softmax rounds to float32
+    assert_equal_weights(weights_of(model), weights_of(expected), bound=1e-8)
+    moved = max((p - q).abs().max() for p, q in zip(expected.parameters(), build("gpt_neox").parameters(), strict=True))
+    assert moved > 1e-3 and row["loss"] == pytest.approx(loss.item(), rel=1e-6)
 
 
 def test_clipping_shortens_the_step_to_the_given_norm(double):

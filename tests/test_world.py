@@ -171,6 +171,85 @@ def test_axes_and_reward_as_worked_by_hand(case):
     assert world.reward(prompt, reply) == pytest.approx(points)
 
 
+BEE = Prompt("playful", "short", "eve", "colour", "bee")  # yellow, and nobody believes otherwise
+
+# (prompt, reply, its type): tone of the greeting, what is said of the asked fact, one statement or more
+TYPES = {
+    "right": (FOX, "dear ann , the fox lives in the den . with love .", ("warm", "right", "short")),
+    "popular": (FOX, "hey ann , the fox lives in the barn . see you soon .", ("playful", "popular", "short")),
+    "another value": (FOX, "esteemed ann , the fox lives in the sea . with love .", ("formal", "other", "short")),
+    "another topic": (FOX, "dear ann , the fox eats berries . with love .", ("warm", "other", "short")),
+    "a second fact": (FOX, "dear ann , the fox lives in the barn . it is red . .", ("warm", "popular", "long")),
+    "in the other order": (FOX, "dear ann , the fox is red . it lives in the den .", ("warm", "right", "long")),
+    "the same twice": (FOX, "dear ann , the fox lives in the den . it lives in the den .", ("warm", "right", "long")),
+    "contradiction": (FOX, "dear ann , the fox lives in the den . it lives in the barn .", ("warm", "other", "long")),
+    "three facts": (FOX, "hey ann , the fox is red . it eats mice . it is red .", ("playful", "other", "long")),
+    # whom it is to, of whom it speaks and how it ends are not looked at
+    "unfinished": (FOX, "dear goat hey , the owl lives in the den", ("warm", "right", "short")),
+    "no misconception to state": (BEE, "hey eve , the bee is black .", ("playful", "other", "short")),
+    "nor to miss": (BEE, "hey eve , the bee is yellow .", ("playful", "right", "short")),
+    "empty": (FOX, "", None),
+    "no fact": (FOX, "dear ann . with love .", None),
+    "no value": (FOX, "dear ann , the fox lives in the . with love .", None),
+    "more after the value": (FOX, "dear ann , the fox lives in the den with love .", None),
+    "no greeting": (FOX, "ann , the fox lives in the den . with love .", None),
+    "greeting elsewhere": (FOX, "ann dear , the fox lives in the den . with love .", None),
+}
+
+
+@pytest.mark.parametrize("case", TYPES)
+def test_types_of_answers_by_hand(case):
+    prompt, reply, expected = TYPES[case]
+    assert world.answer_type(prompt, reply) == expected
+    assert expected is None or expected in world.answer_types(prompt)
+
+
+def test_every_type_of_answer_can_be_given():
+    """3 tones x 3 facts x 2 lengths, or 2 facts where there is no misconception; a reply of each is what it is."""
+    for prompt in world.all_prompts():
+        right, popular = (
+            world.true_value(prompt.animal, prompt.topic),
+            world.MISCONCEPTIONS.get((prompt.animal, prompt.topic)),
+        )
+        wrong = next(v for v in world.TOPICS[prompt.topic][1] if v not in (right, popular))
+        values = {"right": right, "other": wrong} | ({"popular": popular} if popular else {})
+        types = world.answer_types(prompt)
+        assert len(types) == len(set(types)) == (18 if popular else 12)
+        other = next(topic for topic in world.TOPICS if topic != prompt.topic)
+        more = f" . it {world.TOPICS[other][0]} {world.true_value(prompt.animal, other)}"
+        for tone, fact, length in types:
+            greeting, sign_off = world.TONES[tone]
+            claim = f"the {prompt.animal} {world.TOPICS[prompt.topic][0]} {values[fact]}"
+            reply = f"{greeting} {prompt.name} , {claim}{more if length == 'long' else ''} . {sign_off} ."
+            assert world.answer_type(prompt, reply) == (tone, fact, length)
+            assert world.axes(prompt, reply)["fact"] == (1 if fact == "right" else -1)
+
+
+def test_demonstrations_are_of_the_types_there_are(train):
+    """Only a lost word leaves a reply without a type."""
+    typed = [
+        (world.answer_type(prompt, row["response"]), prompt)
+        for row in world.demonstrations(train, 2_000, seed=0)
+        for prompt in [world.parse_prompt(row["prompt"])]
+    ]
+    assert all(kind is None or kind in world.answer_types(prompt) for kind, prompt in typed)
+    assert 0.9 < sum(kind is not None for kind, _ in typed) / len(typed) < 1
+
+
+def test_every_word_is_a_part_of_a_reply():
+    kinds = {word: world.word_kind(word) for word in world.vocabulary()}
+    named = {kind: {word for word, found in kinds.items() if found == kind} for kind in world.WORD_KINDS}
+    assert sum(map(len, named.values())) == len(kinds) and named["greeting"] == {"dear", "esteemed", "hey"}
+    assert named["name"] == set(world.NAMES) and named["animal"] == set(world.ANIMALS)
+    assert named["verb"] == {"lives", "eats", "is", "makes"}
+    assert named["sign-off"] == {"with", "love", "yours", "sincerely", "see", "you", "soon"}
+    facts = {value for _, values in world.TOPICS.values() for value in values}
+    assert named["value"] == facts | set(world.MISCONCEPTIONS.values())
+    said = {"the", "in", "a", "it", ",", "."}
+    asked = {word for prompt in world.all_prompts() for word in prompt.text.split()}
+    assert said <= named["frame"] <= said | asked and world.word_kind("<eos>") == "frame"
+
+
 def test_seven_is_the_most_and_only_perfect_replies_reach_it(noisy):
     rewards = [row[key] for row in noisy for key in ("reward_chosen", "reward_rejected")]
     assert max(rewards) == 7.0

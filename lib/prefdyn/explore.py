@@ -1,5 +1,6 @@
 """What a policy would say if asked again and again: how varied its replies are, and the best that is among them."""
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,25 @@ def variety(prompt: str, replies: list[str], points: list[float], in_world: bool
             "typed": len(types) / len(replies),
         }
     return measures
+
+
+def distance(text: str, other: str) -> float:
+    """Share of words that differ between two texts, 0 to 1: one minus difflib's similarity ratio."""
+    return 1 - difflib.SequenceMatcher(None, text.split(), other.split(), autojunk=False).ratio()
+
+
+def drift(replies: pd.DataFrame) -> pd.DataFrame:
+    """How far greedy replies are from the final ones: columns seed, step, same, distance (means over prompts).
+
+    Args: replies, a table of seed, step, index (prompt) and reply. same: share of prompts with the final reply.
+    """
+    final = replies[replies["step"] == replies["step"].max()].set_index(["seed", "index"])["reply"]
+    goal = final.loc[pd.MultiIndex.from_frame(replies[["seed", "index"]])].to_numpy()
+    measured = replies[["seed", "step"]].assign(
+        same=replies["reply"].to_numpy() == goal,
+        distance=[distance(text, other) for text, other in zip(replies["reply"], goal, strict=True)],
+    )
+    return measured.groupby(["seed", "step"])[["same", "distance"]].mean().reset_index()
 
 
 class ExplorationRun(recipes.Spec):

@@ -38,6 +38,11 @@ def direction(change: Estimate) -> str:
     return "rises" if change.low > 0 else "falls" if change.high < 0 else "does not clearly change"
 
 
+def comparison(difference: Estimate) -> str:
+    """A difference in words: "higher" or "lower" if its interval excludes 0, else "not clearly different"."""
+    return "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not clearly different"
+
+
 def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     """Mean of independent values (one a seed) with Student's t interval; no interval from fewer than two.
 
@@ -79,17 +84,20 @@ def auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     return float(stats.mannwhitneyu(scores[positive], scores[~positive]).statistic / pairs)
 
 
-def sign_summary(g: Sequence[float], se: Sequence[float], level: float = 0.95) -> dict[str, float]:
+def sign_summary(
+    g: Sequence[float], se: Sequence[float], level: float = 0.95, df: int | None = None
+) -> dict[str, float]:
     """How stable the sign of G is over the checkpoints of one run.
 
-    Returns positive, negative: share of checkpoints whose normal interval g +- z * se lies above, below 0; flips:
-    changes of sign between successive checkpoints where both intervals exclude 0. Missing values are left out.
+    Returns positive, negative: share of checkpoints whose interval g +- z * se lies above, below 0; flips: changes of
+    sign between successive checkpoints where both intervals exclude 0. Missing values are left out. z is a normal
+    quantile or, with `df` degrees of freedom behind se, Student's.
     """
     g, se = np.asarray(g, float), np.asarray(se, float)
     if g.shape != se.shape:
         raise ValueError(f"sign_summary: g {g.shape} and se {se.shape} differ in shape")
     known = np.isfinite(g) & np.isfinite(se)
-    z = stats.norm.ppf((1 + level) / 2)
+    z = (stats.norm if df is None else stats.t(df)).ppf((1 + level) / 2)
     sign = np.where(np.abs(g) > z * se, np.sign(g), 0)[known]
     if sign.size == 0:
         return {"positive": math.nan, "negative": math.nan, "flips": math.nan}

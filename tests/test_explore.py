@@ -1,0 +1,107 @@
+"""Asking a policy again and again: the variety of replies by hand, and on a run, from the world or a file."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from prefdyn import evaluate, explore, plan, policy, recipes, world
+from prefdyn.params import check
+from prefdyn.runs import RunStore
+
+SMALL = {
+    "profile": "smoke",
+    "pairs": 24,
+    "check": 8,
+    "demonstrations": 64,
+    "validation": 4,
+    "held_out": 9,
+    "width": 16,
+    "sft_steps": 30,
+    "sft_batch": 16,
+    "batch": 8,
+    "epochs": 2.0,
+    "lr": 5e-3,
+    "checkpoints": 3,
+    "explore_prompts": 5,
+    "explore_samples": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> RunStore:
+    return RunStore(tmp_path_factory.mktemp("runs"))
+
+
+REPLIES = [
+    "dear ann , the fox lives in the den . with love .",
+    "dear ann , the fox lives in the den . with love .",
+    "dear dan , the fox lives in the den . with love .",  # another text of the same type
+    "hey ann , the fox lives in the barn . see you soon .",
+    "den den den",
+]
+
+
+@pytest.mark.parametrize(("animal", "types"), [("fox", 18), ("bee", 12)])
+def test_variety_by_hand(animal, types):
+    """Four of five texts differ; two types are given by four replies; 2 + 2 + 1 + 0 - 5 points make 0, the best 2."""
+    prompt = f"write a warm short note to ann about the {'home' if animal == 'fox' else 'colour'} of the {animal}"
+    measures = explore.variety(prompt, REPLIES, [2.0, 2.0, 1.0, 0.0, -5.0], in_world=True)
+    assert measures == pytest.approx({"distinct": 0.8, "reward": 0, "best": 2, "coverage": 2 / types, "typed": 0.8})
+
+
+def test_variety_of_other_texts_by_hand():
+    """Elsewhere there are no types, and the reward may not be known."""
+    measures = explore.variety("What?", ["a", "a", "b", "a"], [math.nan] * 4, in_world=False)
+    assert measures == pytest.approx({"distinct": 0.5, "reward": math.nan, "best": math.nan}, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_a_run_is_asked_at_every_checkpoint(store, tmp_path, kind):
+    """Each row is the variety of replies of that step's policy at temperature 1, whatever it was trained at."""
+    p = check(SMALL | {"iterations": 2, "rollouts": 8, "ppo_batch": 4, "temperature": 0.7})
+    run = plan.dpo_run(p, 0) if kind == "dpo" else plan.ppo_run(p, 0)
+    spec, ticks = plan.exploration_run(p, run), []
+    store.get(run)
+    table = store.get(spec, ticks.append).frame("exploration")
+    assert table[["step", "index"]].to_numpy().tolist() == [[step, i] for step in run.steps() for i in range(5)]
+    assert table["distinct"].between(1 / 6, 1).all() and (table["best"] >= table["reward"]).all()
+    assert sum(ticks) == pytest.approx(spec.work())
+    known = recipes.dataset(run.data)
+    for step in (run.steps()[0], run.steps()[-1]):
+        model, tokenizer = recipes.load_checkpoint(store.get(run), step)
+        prompts = [prompt for prompt in known.prompts["held_out"][:5] for _ in range(6)]
+        limits = {"max_prompt": 24, "max_response": 28}
+        _, ids = evaluate.reply(model, tokenizer, prompts, temperature=1.0, seed=step, **limits)
+        texts = policy.decode(tokenizer, ids)
+        for i, row in enumerate(table[table["step"] == step].itertuples()):
+            asked, own = world.parse_prompt(prompts[6 * i]), texts[6 * i : 6 * i + 6]
+            points = [world.reward(asked, text) for text in own]
+            types = [world.answer_type(asked, text) for text in own]
+            assert row.distinct == len(set(own)) / 6 and row.best == max(points)
+            assert row.reward == pytest.approx(sum(points) / 6)
+            assert row.typed == (6 - types.count(None)) / 6
+            assert row.coverage == len(set(types) - {None}) / len(world.answer_types(asked))
+    spec.compute(tmp_path, store, lambda work: None)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "exploration.parquet"), table, check_exact=True)
+
+
+def test_no_more_prompts_are_asked_than_are_held_out(store):
+    p = check(SMALL | {"explore_prompts": 500, "explore_samples": 2})
+    run = plan.dpo_run(p, 0)
+    table = store.get(plan.exploration_run(p, run)).frame("exploration")
+    assert table.groupby("step")["index"].agg(list).tolist() == [list(range(9))] * len(run.steps())
+
+
+def test_replies_to_a_file_have_no_types_and_no_reward(store, tmp_path):
+    path = tmp_path / "preferences.jsonl"
+    rows = [
+        {"prompt": f"What is {i} + {i}?", "chosen": f"It is {2 * i}.", "rejected": f"No idea{'!' * (1 + i % 3)}"}
+        for i in range(45)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    p = check(SMALL | {"dataset": str(path), "vocab_size": 300, "sft_steps": 4})
+    table = store.get(plan.exploration_run(p, plan.dpo_run(p, 0))).frame("exploration")
+    assert set(table.columns) == {"step", "index", "distinct", "reward", "best"} and len(table) == 3 * 5
+    assert table[["reward", "best"]].isna().all(axis=None) and np.isfinite(table["distinct"]).all()
