@@ -1,6 +1,7 @@
 """PPO end to end, small: its first ratios, its values and advantages, interrupted, controlled, rewarded, measured."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from prefdyn import controls, data, evaluate, plan, policy, ppo, recipes, world
 from prefdyn.params import check
 from prefdyn.ppo import sequence_scores, token_values
 from prefdyn.runs import RunStore
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from toys.models import random_batch, tiny_policy
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -87,6 +88,8 @@ def test_a_run_keeps_what_training_runs_keep_and_its_values(run):
         {"ppo_batch": 10},
         {"ppo_batch": 1, "rollouts": 3},
         {"ppo_batch": 7, "kl_estimator": "k3"},
+        {"temperature": 0.7},
+        {"micro_batch": 2},
     ],
 )
 def test_the_first_minibatch_of_an_iteration_meets_the_policy_that_sampled(store, given):
@@ -96,7 +99,9 @@ def test_the_first_minibatch_of_an_iteration_meets_the_policy_that_sampled(store
     assert (steps["ratio_max"] > 1.0).all()  # later ones have moved
 
 
-def test_before_the_first_step_ppo_is_its_reference(run):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_before_the_first_step_ppo_is_its_reference(store, temperature):
+    run = store.get(plan.ppo_run(changed(temperature=temperature), seed=0))
     start, first = run.frame("checkpoints").iloc[0], run.frame("steps").iloc[0]
     assert start["win_rate"] == 0.5
     assert start["kl"] == pytest.approx(0, abs=1e-6) and start["check_margin"] == pytest.approx(0, abs=1e-4)
@@ -229,10 +234,32 @@ def test_tables_of_a_measurement_fit_together(store, probe):
     sums = sequences.groupby("step")[list(g.columns)].sum()
     assert ((sums[g.columns] - g).abs().max(axis=1) < 1e-5 * size).all()
     assert (table["n"] == 24).all() and (sequences.groupby("step").size() == 24).all()
-    full = table.query("component == 'full'")
-    if probe == "check":
-        assert full["cosine"].between(-1, 1).all() and (np.sign(full["cosine"]) == np.sign(full["g"])).all()
     assert np.isfinite(table[["se", "logp_targets"]]).all(axis=None)
+
+
+def test_tokens_of_a_measurement_are_those_of_its_rollouts(store):
+    """Every token is a unit: its strength is its advantage's size, its third that among all tokens of all rollouts."""
+    spec = plan.ppo_run(changed(temperature=0.7), seed=0)
+    measured = store.get(plan.alignment_run(WORLD, spec, "check"))
+    tokens, sequences = measured.frame("tokens"), measured.frame("sequences")
+    assert (tokens["side"] == 0).all()
+    parts = (tokens["w"] * tokens["a"]).astype(np.float64).groupby([tokens["step"], tokens["example"]]).sum()
+    full = sequences.set_index(["step", "example"])["full"]
+    assert parts.index.equals(full.index) and len(parts) == 3 * 24
+    assert np.allclose(parts, full, rtol=1e-4, atol=1e-5 * full.abs().max())
+    model, tokenizer = recipes.load_checkpoint(store.get(spec), 4)
+    objective, _ = spec.prober(store, tokenizer, "check", 24)(4, model)
+    batch, own = objective.rollouts, tokens[tokens["step"] == 4]
+    advantages = objective.advantages[batch.response]
+    assert np.allclose(own["w"], advantages / len(advantages), rtol=1e-4, atol=1e-7)
+    assert np.allclose(own["strength"], advantages.abs(), rtol=1e-5)
+    assert own["third"].tolist() == controls.thirds(advantages.abs()).tolist()
+    # the policy at the temperature at which it was sampled
+    assert np.allclose(own["logp"], policy.token_logps(model, batch, 0.7).detach()[batch.response], atol=1e-5)
+    for i, response in own.groupby("example"):
+        ids = batch.ids[i][batch.response[i]].tolist()
+        assert response["token"].tolist() == [tokenizer.decode([token]) for token in ids]
+        assert response["position"].tolist() == list(range(len(ids)))
 
 
 def test_probes_are_different_rollouts_and_always_the_same(store, run):
@@ -298,6 +325,58 @@ def test_what_is_collected_follows_from_its_parts(store, sft):
     assert metrics["return"] == pytest.approx(np.mean(points) - 0.5 * np.mean(kls), abs=1e-4)
     assert metrics["length"] == pytest.approx(batch.response.sum().item() / 6)
     assert metrics["entropy"] == pytest.approx(-objective.old_logps.sum().item() / batch.response.sum().item())
+
+
+def test_rollouts_are_sampled_at_the_temperature(store, sft):
+    """They are the policy's replies at it, near 0 the greedy ones, and colder ones are likelier to the policy at 1."""
+    model, tokenizer = recipes.final_policy(sft)
+    prompts = recipes.dataset(plan.data_spec(WORLD, 0)).prompts["train"][:24]
+    value_model = ppo.headed(AutoModelForTokenClassification, sft.folder / "policy", tokenizer.pad_token_id)
+    limits, likelihood = {"max_prompt": 24, "max_response": 28}, {}
+    for temperature in (1e-4, 0.5, 1.0, 1.5):
+        spec = plan.ppo_run(changed(temperature=temperature), seed=0)
+        score = spec.score(store, tokenizer)
+        objective, *_ = spec.collect(model, model, value_model, tokenizer, score, prompts, 5, 24)
+        batch = objective.rollouts
+        drawn = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.response, strict=True)]
+        at = 0.0 if temperature == 1e-4 else temperature
+        assert drawn == evaluate.reply(model, tokenizer, prompts, temperature=at, seed=5, **limits)[1]
+        logps = policy.token_logps(model, batch).detach()
+        likelihood[temperature] = logps[batch.response].mean().item()
+        old = objective.old_logps
+        assert (old - policy.token_logps(model, batch, temperature).detach()).abs().max() < 1e-4
+        assert temperature == 1 or (old - logps).abs().max() > 0.1
+        assert objective.temperature == temperature
+    assert sorted(likelihood.values(), reverse=True) == list(likelihood.values())
+
+
+def in_parts(spec, micro_batch: int, lr: float, **more):
+    """A spec with so many sequences in memory at once, by plain gradient steps, which rounding changes by little."""
+    optimisation = replace(spec.optimisation, optimizer="sgd", lr=lr, micro_batch=micro_batch)
+    return spec.model_copy(update={"optimisation": optimisation} | more)
+
+
+def assert_same_model(ours: Path, theirs: Path, before: Path) -> None:
+    """Equal weights, but for a thousandth of how far training moved them."""
+    ours, theirs, before = (load_file(path) for path in (ours, theirs, before))
+    moved = max((ours[name] - before[name]).abs().max() for name in ours.keys() & before.keys())
+    assert moved > 1e-2 and max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-3 * moved
+
+
+@pytest.mark.parametrize("micro_batch", [3, 7])
+def test_training_in_parts_is_the_same_training(store, micro_batch):
+    """10 rollouts in minibatches of 8 and 2, these in parts of 3, 3 and 2 or of 7 and 1; policy and values."""
+    spec = plan.ppo_run(changed(ppo_batch=8, value_clip=0.2, iterations=3), seed=0)
+    whole, parts = (store.get(in_parts(spec, m, lr=0.1, value_lr=0.05)) for m in (0, micro_batch))
+    logs = [run.frame("steps") for run in (whole, parts)]
+    assert list(logs[0].columns) == list(logs[1].columns)
+    assert np.allclose(logs[0], logs[1], rtol=1e-4, atol=1e-5)
+    for name in ("checkpoint", "value"):
+        assert_same_model(
+            whole.folder / f"{name}-3.safetensors",
+            parts.folder / f"{name}-3.safetensors",
+            whole.folder / f"{name}-0.safetensors",
+        )
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -367,6 +446,17 @@ def test_a_reward_model_learns_the_preferences(store):
     assert (np.sign(new["difference"]) == np.sign(new["true_difference"])).mean() > 0.5 + 2 / 23
     names = {p.name for p in learned.folder.iterdir()}
     assert names == {"steps.parquet", "check.parquet", "model", "spec.json", "provenance.json", "manifest.json"}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 6])
+def test_a_reward_model_learns_in_parts_what_it_learns_at_once(store, sft, micro_batch):
+    """Batches of 16 pairs, of two sequences each, in parts of 1 or of 3, with 1 left over."""
+    spec = plan.reward_run(changed(reward_epochs=2.0), seed=0)
+    whole, parts = (store.get(in_parts(spec, m, lr=0.5)) for m in (0, micro_batch))
+    for name in ("steps", "check"):
+        assert np.allclose(whole.frame(name), parts.frame(name), rtol=1e-4, atol=1e-5), name
+    models = (folder / "model.safetensors" for folder in (whole.folder / "model", parts.folder / "model"))
+    assert_same_model(*models, sft.folder / "policy" / "model.safetensors")
 
 
 @pytest.mark.parametrize("at", [10, 55, 99])

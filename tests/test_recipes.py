@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from prefdyn import controls, evaluate, plan, policy, recipes, world
+from prefdyn import controls, evaluate, measure, plan, policy, recipes, train, world
 from prefdyn.params import check
 from prefdyn.runs import RunStore
 from toys.models import tiny_policy
@@ -121,12 +121,67 @@ def test_margins_omegas_and_scores_of_a_measurement_fit_together(measured):
     )
 
 
-def test_cosine_has_the_sign_of_g_and_belongs_to_the_full_objective_on_the_second_probe(store, measured):
-    assert measured.frame("alignment")["cosine"].isna().all()
-    table = store.get(plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0), probe="check")).frame("alignment")
-    full = table.query("component == 'full'")
-    assert full["cosine"].between(-1, 1).all() and (np.sign(full["cosine"]) == np.sign(full["g"])).all()
-    assert table.query("component != 'full'")["cosine"].isna().all()
+def test_tokens_of_a_measurement_are_its_sequences_one_by_one(store, measured):
+    """By response: positions from 0 without a gap, the words of its text and its end; by pair: w * a sums to G's part.
+
+    The weight of a token is +-beta * omega / n, and its third is its pair's.
+    """
+    tokens, sequences = measured.frame("tokens"), measured.frame("sequences")
+    known = recipes.dataset(plan.data_spec(WORLD, 0))
+    reference = store.get(plan.dpo_run(WORLD, seed=0).scored()).frame("train")
+    assert tokens["step"].unique().tolist() == [0, 4, 12]
+    for step, own in tokens.groupby("step"):
+        pairs = sequences[sequences["step"] == step].set_index("example")
+        thirds = controls.thirds(torch.tensor(pairs["omega"].to_numpy())).numpy()
+        assert (thirds == -1).all() == (step == 0)
+        example, sign = own["example"].to_numpy(), 1 - 2 * own["side"].to_numpy()
+        assert np.array_equal(own["strength"], pairs["omega"].to_numpy()[example])
+        assert np.array_equal(own["third"], thirds[example])
+        assert np.allclose(own["w"], sign * WORLD.beta * own["strength"] / 48, rtol=1e-5)
+        parts = (own["w"] * own["a"]).astype(np.float64).groupby(example).sum()
+        assert np.allclose(parts, pairs["full"], rtol=1e-4, atol=1e-5 * pairs["full"].abs().max())
+        for (i, side), response in own.groupby(["example", "side"]):
+            name = ("chosen", "rejected")[side]
+            words = response.sort_values("position")
+            assert words.index.equals(response.index)  # they come in order
+            assert words["position"].tolist() == list(range(len(words)))
+            assert words["token"].tolist() == [*known.pairs[i][name].split(), "<eos>"]
+            assert words["a"].sum() == pytest.approx(pairs.loc[i, f"a_{name}"], rel=1e-3, abs=1e-3)
+        logps = own.groupby(["example", "side"])["logp"].sum().unstack()
+        margin = (logps[0] - reference["chosen"]) - (logps[1] - reference["rejected"])
+        assert len(logps) == 48 and np.allclose(margin, pairs["margin"], atol=1e-3)
+
+
+def test_tokens_of_a_large_probe_are_those_of_its_first_examples(store, measured, tmp_path, monkeypatch):
+    """With thirds of all of them."""
+    monkeypatch.setattr(measure, "TOKENS_OF", 5)
+    plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0)).compute(tmp_path, store, lambda work: None)
+    few, every = pd.read_parquet(tmp_path / "tokens.parquet"), measured.frame("tokens")
+    first = every[every["example"] < 5].reset_index(drop=True)
+    assert set(few["example"]) == {0, 1, 2, 3, 4} and set(few["side"]) == {0, 1}
+    pd.testing.assert_frame_equal(few.astype({"token": str}), first.astype({"token": str}), check_exact=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "sequences.parquet"), measured.frame("sequences"))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_dpo_trains_on_the_pairs_as_they_are_labelled(store, noise):
+    """The policy before the first step is SFT's: the likelihoods in the log are those of the labelled responses."""
+    p = check(SMALL | {"label_noise": noise, "held_out": 10, "epochs": 1.0})
+    spec = plan.dpo_run(p, seed=0)
+    rows = world.pairs(world.split_prompts(0, 8, 10)["train"], 48, noise, seed=0)
+    assert any(row["flipped"] for row in rows) == (noise > 0)
+    model, tokenizer = recipes.final_policy(store.get(spec.sft))
+    logps = {
+        side: policy.sequence_logps(model, recipes.encode(spec.data, tokenizer, rows, side)).numpy()
+        for side in ("chosen", "rejected")
+    }
+    kept = store.get(spec.scored()).frame("train")
+    assert np.allclose(kept[["chosen", "rejected"]], np.stack([logps["chosen"], logps["rejected"]], 1), atol=1e-4)
+    first = train.example_order(48, 0, spec.optimisation).numpy()
+    row = store.get(spec).frame("steps").iloc[0]
+    for side in ("chosen", "rejected"):
+        assert row[f"logp_{side}"] == pytest.approx(logps[side][first].mean(), abs=1e-4)
+    assert abs(logps["chosen"][first].mean() - logps["rejected"][first].mean()) > 1e-2
 
 
 def test_both_methods_and_probes_measure(store, measured):
@@ -285,6 +340,8 @@ def test_a_file_of_preferences_end_to_end(tmp_path, preferences):
     assert (table["length"] > 0).all()
     g = store.get(plan.alignment_run(p, spec)).frame("alignment").query("component == 'full'")["g"]
     assert np.isfinite(g).all() and len(g) == len(spec.steps())
+    table = store.get(plan.targets_run(p, spec, plan.target_choices(p))).frame("targets")
+    assert np.isfinite(table[["g", "se", "cosine", "logp"]]).all(axis=None) and table["choice"].nunique() == 6
     assert len(recipes.dataset(spec.data).problems) == 1
 
 

@@ -3,6 +3,7 @@
 Pure functions over the tables of alignment runs, gathered over seeds (column `seed`).
 """
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -38,7 +39,8 @@ def signal(sequences: pd.DataFrame, pairs: dict[int, list[dict]]) -> pd.DataFram
     reward_rejected in points, flipped) of which `example` is the number.
     Returns correlation: Spearman's of omega and true gap (reward of chosen minus rejected); auc_flipped: of omega for
     labels that were turned round; auc_worse: for pairs whose chosen response has the lower reward; share_flipped: of
-    pairs that were turned round; weight_flipped: their share of the sum of omega.
+    pairs that were turned round; weight_flipped: their share of the sum of omega; worse_top, worse_middle,
+    worse_bottom: share of pairs of each third whose chosen response has the lower reward.
     """
     rows = []
     for (seed, step), one in sequences.groupby(RUN):
@@ -52,6 +54,7 @@ def signal(sequences: pd.DataFrame, pairs: dict[int, list[dict]]) -> pd.DataFram
             "share_flipped": flipped.mean(),
             "weight_flipped": omega[flipped].sum() / omega.sum(),
         }
+        found |= {f"worse_{third}": (gap[one["third"] == third] < 0).mean() for third in THIRDS}
         rows.append({"seed": seed, "step": step, **found})
     return pd.DataFrame(rows)
 
@@ -79,6 +82,22 @@ def differences(table: pd.DataFrame, by: str, first: str, second: str, columns: 
     """`first` minus `second` (values of the column `by`) for each of `columns`, paired by seed: mean and interval."""
     one, other = (table[table[by] == name].set_index("seed")[columns] for name in (first, second))
     return {name: mean_interval((one - other)[name].to_numpy()) for name in columns}
+
+
+def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str) -> Estimate:
+    """`first` minus `second` in `y` where both have come equally far in `x`, paired by seed: mean and interval.
+
+    Args: table, a row a seed, step and value of the column `by`. Far is the largest x that both reach; y is
+    interpolated linearly between steps, and x counts as its largest value so far.
+    """
+    found = []
+    for _, one in table.sort_values("step").groupby("seed"):
+        ways = [one[one[by] == name] for name in (first, second)]
+        reached = [np.maximum.accumulate(way[x].to_numpy()) for way in ways]
+        far = min(way[-1] for way in reached)
+        ends = [np.interp(far, way_x, way[y]) for way_x, way in zip(reached, ways, strict=True)]
+        found.append(ends[0] - ends[1])
+    return mean_interval(found)
 
 
 def judge(found: Estimate, predicted: str, at: float = 0.0) -> str:
