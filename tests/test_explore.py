@@ -105,13 +105,3 @@ def test_replies_to_a_file_have_no_types_and_no_reward(store, tmp_path):
     table = store.get(plan.exploration_run(p, plan.dpo_run(p, 0))).frame("exploration")
     assert set(table.columns) == {"step", "index", "distinct", "reward", "best"} and len(table) == 3 * 5
     assert table[["reward", "best"]].isna().all(axis=None) and np.isfinite(table["distinct"]).all()
-
-
-def test_gaps_are_read_where_both_paths_have_come_equally_far():
-    """One path reaches x = 4 with y = 8 (and falls back); the other passes x = 4 half-way between y = 1 and y = 3."""
-    rows = [("a", 0, 0.0, 0.0), ("a", 1, 4.0, 8.0), ("a", 2, 3.0, 99.0)]
-    rows += [("b", 0, 2.0, 1.0), ("b", 1, 6.0, 3.0), ("b", 2, 5.0, 99.0)]
-    table = pd.DataFrame(rows, columns=["who", "step", "x", "y"]).assign(seed=0)
-    both = pd.concat([table, table.assign(seed=1, y=table["y"] * 10)]).sample(frac=1, random_state=0)
-    assert explore.gaps_at_equal(both, "x", "y", "who", "a", "b") == [8.0 - 2.0, 80.0 - 20.0]
-    assert explore.gaps_at_equal(both, "x", "y", "who", "b", "a") == [-6.0, -60.0]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from prefdyn import controls, data, evaluate, plan, policy, ppo, recipes, world
+from prefdyn import controls, data, evaluate, plan, policy, ppo, recipes, train, world
 from prefdyn.params import check
 from prefdyn.ppo import sequence_scores, token_values
 from prefdyn.runs import RunStore
@@ -89,7 +89,7 @@ def test_a_run_keeps_what_training_runs_keep_and_its_values(run):
         {"ppo_batch": 1, "rollouts": 3},
         {"ppo_batch": 7, "kl_estimator": "k3"},
         {"temperature": 0.7},
-        {"micro_batch": 2},
+        {"micro_batch": 2, "sft_batch": 4},
     ],
 )
 def test_the_first_minibatch_of_an_iteration_meets_the_policy_that_sampled(store, given):
@@ -356,6 +356,19 @@ def in_parts(spec, micro_batch: int, lr: float, **more):
     return spec.model_copy(update={"optimisation": optimisation} | more)
 
 
+def at_once(monkeypatch, module, name: str) -> set[int]:
+    """Numbers of sequences that `module.name` is given at once while gradients are kept; filled as it is called."""
+    function, sizes = getattr(module, name), set()
+
+    def noting(model, batch, *args, **kwargs):
+        if torch.is_grad_enabled():
+            sizes.add(len(batch))
+        return function(model, batch, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, noting)
+    return sizes
+
+
 def assert_same_model(ours: Path, theirs: Path, before: Path) -> None:
     """Equal weights, but for a thousandth of how far training moved them."""
     ours, theirs, before = (load_file(path) for path in (ours, theirs, before))
@@ -363,11 +376,14 @@ def assert_same_model(ours: Path, theirs: Path, before: Path) -> None:
     assert moved > 1e-2 and max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-3 * moved
 
 
-@pytest.mark.parametrize("micro_batch", [3, 7])
-def test_training_in_parts_is_the_same_training(store, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "parts_of"), [(3, {3, 2}), (7, {7, 1, 2})])
+def test_training_in_parts_is_the_same_training(store, monkeypatch, micro_batch, parts_of):
     """10 rollouts in minibatches of 8 and 2, these in parts of 3, 3 and 2 or of 7 and 1; policy and values."""
     spec = plan.ppo_run(changed(ppo_batch=8, value_clip=0.2, iterations=3), seed=0)
-    whole, parts = (store.get(in_parts(spec, m, lr=0.1, value_lr=0.05)) for m in (0, micro_batch))
+    whole = store.get(in_parts(spec, 0, lr=0.1, value_lr=0.05))
+    sizes = [at_once(monkeypatch, train, "token_logps"), at_once(monkeypatch, ppo, "token_values")]
+    parts = store.get(in_parts(spec, micro_batch, lr=0.1, value_lr=0.05))
+    assert sizes == [parts_of, parts_of]
     logs = [run.frame("steps") for run in (whole, parts)]
     assert list(logs[0].columns) == list(logs[1].columns)
     assert np.allclose(logs[0], logs[1], rtol=1e-4, atol=1e-5)
@@ -448,11 +464,14 @@ def test_a_reward_model_learns_the_preferences(store):
     assert names == {"steps.parquet", "check.parquet", "model", "spec.json", "provenance.json", "manifest.json"}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 6])
-def test_a_reward_model_learns_in_parts_what_it_learns_at_once(store, sft, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "parts_of"), [(1, {1}), (6, {3, 1})])
+def test_a_reward_model_learns_in_parts_what_it_learns_at_once(store, sft, monkeypatch, micro_batch, parts_of):
     """Batches of 16 pairs, of two sequences each, in parts of 1 or of 3, with 1 left over."""
     spec = plan.reward_run(changed(reward_epochs=2.0), seed=0)
-    whole, parts = (store.get(in_parts(spec, m, lr=0.5)) for m in (0, micro_batch))
+    whole = store.get(in_parts(spec, 0, lr=0.5))
+    sizes = at_once(monkeypatch, ppo, "sequence_scores")
+    parts = store.get(in_parts(spec, micro_batch, lr=0.5))
+    assert sizes == parts_of
     for name in ("steps", "check"):
         assert np.allclose(whole.frame(name), parts.frame(name), rtol=1e-4, atol=1e-5), name
     models = (folder / "model.safetensors" for folder in (whole.folder / "model", parts.folder / "model"))

@@ -111,3 +111,38 @@ def test_nothing_known_has_no_signs():
     assert all(math.isnan(v) for v in stats.sign_summary([math.nan], [1.0]).values())
     with pytest.raises(ValueError, match="differ in shape"):
         stats.sign_summary([1.0], [1.0, 2.0])
+
+
+def test_gaps_are_read_where_both_paths_have_come_equally_far():
+    """One path reaches x = 4 with y = 8 (and falls back); the other passes x = 4 half-way between y = 1 and y = 3."""
+    rows = [("a", 0, 0.0, 0.0), ("a", 1, 4.0, 8.0), ("a", 2, 3.0, 99.0)]
+    rows += [("b", 0, 2.0, 1.0), ("b", 1, 6.0, 3.0), ("b", 2, 5.0, 99.0)]
+    table = pd.DataFrame(rows, columns=["who", "step", "x", "y"]).assign(seed=0)
+    both = pd.concat([table, table.assign(seed=1, y=table["y"] * 10)]).sample(frac=1, random_state=0)
+    assert stats.at_equal(both, "x", "y", "who", "a", "b").mean == pytest.approx((6 + 60) / 2)
+    assert stats.at_equal(both, "x", "y", "who", "b", "a") == stats.mean_interval([-6, -60])
+
+
+def test_differences_are_paired_by_seed():
+    # by seed 1 - 0 = 1 and 12 - 10 = 2, though the rows come in another order
+    table = pd.DataFrame({"control": ["a", "a", "b", "b"], "seed": [0, 1, 1, 0], "reward": [1.0, 12.0, 10.0, 0.0]})
+    found = stats.differences(table, "control", "a", "b", ["reward"])["reward"]
+    assert found.mean == pytest.approx(1.5) and found.n == 2
+
+
+def test_rewards_are_compared_where_both_have_come_equally_far():
+    # the first stops at kl 2 with reward 5; the second passes kl 2 halfway between its steps (0 to 4), at reward 4
+    rows = [("a", 0, 0.0, 3.0), ("a", 1, 2.0, 5.0), ("b", 0, 0.0, 3.0), ("b", 1, 4.0, 5.0)]
+    table = pd.DataFrame(rows, columns=["control", "step", "kl", "reward"]).assign(seed=0)
+    found = stats.at_equal(table, "kl", "reward", "control", "a", "b")
+    assert found.mean == pytest.approx(1.0) and found.n == 1
+
+
+def test_judge():
+    inside, above = stats.Estimate(0.1, -0.1, 0.3, 3), stats.Estimate(0.7, 0.6, 0.8, 3)
+    assert stats.judge(inside, "above") == "undecided"
+    assert stats.judge(above, "above", at=0.5) == "as predicted"
+    assert stats.judge(above, "below", at=0.5) == "against the prediction"
+    assert stats.judge(stats.Estimate(0.7, float("nan"), float("nan"), 1), "above") == "undecided"
+    with pytest.raises(ValueError, match="sideways"):
+        stats.judge(above, "sideways")

@@ -4,7 +4,6 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import pandas as pd
 
 from . import policy, ppo, recipes, world
@@ -52,23 +51,6 @@ def drift(replies: pd.DataFrame) -> pd.DataFrame:
         distance=[distance(text, other) for text, other in zip(replies["reply"], goal, strict=True)],
     )
     return measured.groupby(["seed", "step"])[["same", "distance"]].mean().reset_index()
-
-
-def gaps_at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str) -> list[float]:
-    """`y` of `first` minus that of `second` (values of the column `by`) where both have the same `x`, for each seed.
-
-    Args: table, with the columns seed and step. Each path is followed from its start to its largest `x` and read, by
-    linear interpolation, at the largest `x` that both reach; where `x` falls back in between, its largest value so
-    far counts.
-    """
-    gaps = []
-    for _, seed in table.groupby("seed"):
-        paths = [seed[seed[by] == name].sort_values("step").reset_index(drop=True) for name in (first, second)]
-        common = min(path[x].max() for path in paths)
-        ups = [path.loc[: path[x].idxmax()] for path in paths]
-        one, other = (np.interp(common, np.maximum.accumulate(up[x]), up[y]) for up in ups)
-        gaps.append(float(one - other))
-    return gaps
 
 
 class ExplorationRun(recipes.Spec):

@@ -3,12 +3,11 @@
 Pure functions over the tables of alignment runs, gathered over seeds (column `seed`).
 """
 
-import numpy as np
 import pandas as pd
 import torch
 
 from .controls import THIRDS, thirds
-from .stats import Estimate, auc, mean_interval, rank_correlation
+from .stats import auc, rank_correlation
 
 RUN = ["seed", "step"]
 
@@ -76,35 +75,3 @@ def push(tokens: pd.DataFrame, by: str) -> pd.DataFrame:
         g=("g", "sum"), weight=("weight", "sum"), tokens=("g", "size")
     )
     return table.assign(direction=table["g"] / table["weight"]).reset_index()
-
-
-def differences(table: pd.DataFrame, by: str, first: str, second: str, columns: list[str]) -> dict[str, Estimate]:
-    """`first` minus `second` (values of the column `by`) for each of `columns`, paired by seed: mean and interval."""
-    one, other = (table[table[by] == name].set_index("seed")[columns] for name in (first, second))
-    return {name: mean_interval((one - other)[name].to_numpy()) for name in columns}
-
-
-def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str) -> Estimate:
-    """`first` minus `second` in `y` where both have come equally far in `x`, paired by seed: mean and interval.
-
-    Args: table, a row a seed, step and value of the column `by`. Far is the largest x that both reach; y is
-    interpolated linearly between steps, and x counts as its largest value so far.
-    """
-    found = []
-    for _, one in table.sort_values("step").groupby("seed"):
-        ways = [one[one[by] == name] for name in (first, second)]
-        reached = [np.maximum.accumulate(way[x].to_numpy()) for way in ways]
-        far = min(way[-1] for way in reached)
-        ends = [np.interp(far, way_x, way[y]) for way_x, way in zip(reached, ways, strict=True)]
-        found.append(ends[0] - ends[1])
-    return mean_interval(found)
-
-
-def judge(found: Estimate, predicted: str, at: float = 0.0) -> str:
-    """Whether an interval lies where it was predicted ("above" or "below" `at`), on the other side, or neither."""
-    if predicted not in ("above", "below"):
-        raise ValueError(f"judge: predicted={predicted!r}; must be 'above' or 'below'")
-    sides = {"above": found.low > at, "below": found.high < at}
-    if sides[predicted]:
-        return "as predicted"
-    return "against the prediction" if any(sides.values()) else "undecided"

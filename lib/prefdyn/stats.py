@@ -65,6 +65,39 @@ def over_seeds(table: pd.DataFrame, by: str | list[str], value: str) -> pd.DataF
     ).reset_index()
 
 
+def differences(table: pd.DataFrame, by: str, first: str, second: str, columns: list[str]) -> dict[str, Estimate]:
+    """`first` minus `second` (values of the column `by`) for each of `columns`, paired by seed: mean and interval."""
+    one, other = (table[table[by] == name].set_index("seed")[columns] for name in (first, second))
+    return {name: mean_interval((one - other)[name].to_numpy()) for name in columns}
+
+
+def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str) -> Estimate:
+    """`first` minus `second` (values of the column `by`) in `y` where both have come equally far in `x`, over seeds.
+
+    Args: table, with the columns seed and step. Each path is followed from its start to its largest `x` and read, by
+    linear interpolation, at the largest `x` that both reach; where `x` falls back in between, its largest value so
+    far counts.
+    """
+    gaps = []
+    for _, one in table.groupby("seed"):
+        paths = [one[one[by] == name].sort_values("step").reset_index(drop=True) for name in (first, second)]
+        far = min(path[x].max() for path in paths)
+        ups = [path.loc[: path[x].idxmax()] for path in paths]
+        ends = [np.interp(far, np.maximum.accumulate(up[x]), up[y]) for up in ups]
+        gaps.append(ends[0] - ends[1])
+    return mean_interval(gaps)
+
+
+def judge(found: Estimate, predicted: str, at: float = 0.0) -> str:
+    """Whether an interval lies where it was predicted ("above" or "below" `at`), on the other side, or neither."""
+    if predicted not in ("above", "below"):
+        raise ValueError(f"judge: predicted={predicted!r}; must be 'above' or 'below'")
+    sides = {"above": found.low > at, "below": found.high < at}
+    if sides[predicted]:
+        return "as predicted"
+    return "against the prediction" if any(sides.values()) else "undecided"
+
+
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     """Spearman's rank correlation; NaN where one of the two is constant."""
     if len(set(x)) < 2 or len(set(y)) < 2:
