@@ -344,7 +344,8 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rounds = {name: args.repeats or SIZES[name].repeats for name in args.sizes}
     results = {}
-    with tqdm(total=sum(8 * (n + 1) for n in rounds.values()) + 1, disable=None, leave=False) as bar:
+    calls = sum(8 * (n + 1) for n in rounds.values())  # three methods a kind of step, two of rollouts
+    with tqdm(total=calls + 1, disable=None, leave=False) as bar:
         for name in args.sizes:
             results[name] = measure(name, rounds[name], bar)
             with bar.external_write_mode():

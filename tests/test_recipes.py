@@ -338,8 +338,15 @@ def test_a_file_of_preferences_end_to_end(tmp_path, preferences):
     assert table["win_rate"].isna().all() and table["reward_greedy"].isna().all()  # nobody knows the true reward
     assert table["kl"].iloc[0] == pytest.approx(0, abs=1e-5) and table["kl"].iloc[-1] > 0
     assert (table["length"] > 0).all()
-    g = store.get(plan.alignment_run(p, spec)).frame("alignment").query("component == 'full'")["g"]
+    measured = store.get(plan.alignment_run(p, spec))
+    g = measured.frame("alignment").query("component == 'full'")["g"]
     assert np.isfinite(g).all() and len(g) == len(spec.steps())
+    pairs, tokens = recipes.dataset(spec.data).pairs, measured.frame("tokens").query("step == 0")
+    assert len({len(row["prompt"]) for row in pairs}) > 1  # responses begin in different columns
+    for (i, side), response in tokens.groupby(["example", "side"]):
+        assert response["position"].tolist() == list(range(len(response)))
+        if side == 1:  # plain ASCII; other characters may be two tokens
+            assert "".join(response["token"]) == pairs[i]["rejected"] + "<eos>"
     table = store.get(plan.targets_run(p, spec, plan.target_choices(p))).frame("targets")
     assert np.isfinite(table[["g", "se", "cosine", "logp"]]).all(axis=None) and table["choice"].nunique() == 6
     assert len(recipes.dataset(spec.data).problems) == 1

@@ -159,8 +159,8 @@ def token_logps(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) 
     logits, columns = response_logits(model, batch, temperature)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    picked = logits.gather(-1, batch.ids[:, columns, None]).squeeze(-1)
-    logps = (picked - logits.logsumexp(-1)).masked_fill(~batch.response[:, columns], 0.0)
+    picked = logits.log_softmax(-1).gather(-1, batch.ids[:, columns, None]).squeeze(-1)
+    logps = picked.masked_fill(~batch.response[:, columns], 0.0)
     return logps.new_zeros(batch.ids.shape).index_copy(1, columns, logps)
 
 
