@@ -388,3 +388,12 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
     keys = [key(p.model_copy(update={name: value})) for name, value in changed.items() if value is not None]
     assert len({key(p), *keys, store.key(plan.alignment_run(p, plan.dpo_run(p, 1)))}) == len(keys) + 2
     assert key(p) == key(p.model_copy(update={"seeds": [9], "profile": "reader"}))
+
+
+def test_a_checkpoint_must_be_able_to_read_what_it_is_given(tmp_path):
+    model, tokenizer = tiny_policy()  # it reads 52 tokens
+    policy.save(model, tokenizer, tmp_path / "small")
+    given = {"profile": "smoke", "model": str(tmp_path / "small")}
+    assert plan.policy_spec(check(given | {"max_prompt": 24, "max_response": 28})).content
+    with pytest.raises(ParameterError, match=r"max_prompt, max_response: given 25 and 28 .* at most 52"):
+        plan.policy_spec(check(given | {"max_prompt": 25, "max_response": 28}))

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from .explore import ExplorationRun
 from .measure import AlignmentRun
 from .params import ParameterError, Parameters
@@ -47,6 +49,16 @@ def data_spec(p: Parameters, seed: int) -> DataSpec:
     )
 
 
+def _check_context(p: Parameters, folder: Path) -> None:
+    """Raise ParameterError if a checkpoint cannot read the longest prompt and response that the parameters allow."""
+    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    if context is not None and p.max_prompt + p.max_response > context:
+        raise ParameterError(
+            f"max_prompt, max_response: given {p.max_prompt} and {p.max_response} (int), together more than the "
+            f"{context} tokens that the model in {folder.name!r} can read; allowed: a sum of at most {context}"
+        )
+
+
 def policy_spec(p: Parameters) -> PolicySpec:
     """The model before training. Raises ParameterError if it is a folder that does not exist."""
     folder = Path(p.model).expanduser()
@@ -56,6 +68,8 @@ def policy_spec(p: Parameters) -> PolicySpec:
             "checkpoint or the name of a model on the hub"
         )
     local = p.model != "scratch" and folder.is_dir()
+    if local:
+        _check_context(p, folder)
     return PolicySpec(
         model=str(folder.resolve()) if local else p.model,
         content=_folder_hash(folder) if local else None,
