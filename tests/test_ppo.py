@@ -29,6 +29,8 @@ SMALL = {
     "batch": 16,
     "checkpoints": 3,
     "probe": 24,
+    "ppo_probe": 24,
+    "choice_probe": 24,
     "iterations": 4,
     "rollouts": 10,
     "ppo_batch": 4,

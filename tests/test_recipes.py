@@ -27,6 +27,8 @@ SMALL = {
     "epochs": 4.0,
     "checkpoints": 3,
     "probe": 48,
+    "ppo_probe": 48,
+    "choice_probe": 48,
     "lr": 5e-3,
 }
 WORLD = check(SMALL)
@@ -310,6 +312,8 @@ FILE = {
     "epochs": 2.0,
     "vocab_size": 300,
     "probe": 24,
+    "ppo_probe": 24,
+    "choice_probe": 24,
 }
 
 

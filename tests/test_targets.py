@@ -26,6 +26,8 @@ SMALL = {
     "lr": 5e-3,
     "checkpoints": 3,
     "probe": 20,
+    "ppo_probe": 20,
+    "choice_probe": 20,
     "iterations": 2,
     "rollouts": 10,
     "ppo_batch": 5,

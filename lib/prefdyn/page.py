@@ -89,8 +89,13 @@ def shaded(rows: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> None:
     """Display texts whose tokens are shaded by a number: blue and underlined above 0, orange and dotted below.
 
     Args: rows of (name, tokens, one number a token). The shade is relative to the largest absolute number of its row,
-    which is shown beside the name; each number is the title of its token. All text is escaped.
+    which is shown beside the name; each number is the title of its token. All text is escaped. Raises ValueError for a
+    number that is not finite.
     """
+    rows = [(name, list(tokens), list(values)) for name, tokens, values in rows]
+    for name, _, values in rows:
+        if not np.isfinite(np.asarray(values, float)).all():
+            raise ValueError(f"shaded: a number of {name!r} is not finite")
     body, plain = [], []
     for name, tokens, values in rows:
         most = max(map(abs, values), default=0.0)

@@ -68,6 +68,8 @@ class Parameters(BaseModel):
     stop_kl: float = Field(description="nats a token that end an iteration's passes early (0: never)", ge=0)
     checkpoints: int = Field(description="checkpoints a run, the first and last step included", ge=2)
     probe: int = Field(description="pairs (DPO) or demonstrations (SFT) on which G is measured, at most", ge=2)
+    ppo_probe: int = Field(description="replies of PPO on which G is measured, at most", ge=2)
+    choice_probe: int = Field(description="pairs, demonstrations or replies for G with other choices of D'", ge=2)
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
     target_responses: Literal["final", "chosen", "unrelated"] = Field(
@@ -127,6 +129,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_coefficient": 0.05,
         "checkpoints": 4,
         "probe": 128,
+        "ppo_probe": 128,
+        "choice_probe": 128,
     },
     "reader": {
         "seeds": [0, 1, 2],
@@ -143,9 +147,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sft_batch": 32,
         "lr": 1e-4,
         "epochs": 2.0,
-        "long_epochs": 8.0,
+        "long_epochs": 7.0,
         "batch": 32,
-        "iterations": 40,
+        "iterations": 36,
         "rollouts": 64,
         "ppo_batch": 32,
         "ppo_lr": 3e-4,
@@ -153,8 +157,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_lr": 1e-3,
         "reward_epochs": 4.0,
         "kl_coefficient": 0.05,
-        "checkpoints": 6,
+        "checkpoints": 5,
         "probe": 1024,
+        "ppo_probe": 512,
+        "choice_probe": 512,
     },
     # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
     # batch and passes are those that arXiv 2512.00778 (v2) states.
@@ -187,6 +193,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learned_kl": 0.05,
         "checkpoints": 9,
         "probe": 2048,
+        "ppo_probe": 1024,
+        "choice_probe": 1024,
         "max_prompt": 512,
         "max_response": 512,
         "micro_batch": 16,

@@ -225,19 +225,23 @@ CHOICES = {
 
 
 def target_choices(p: Parameters) -> dict[str, TargetSpec]:
-    """D' as declared, and with one choice at a time made otherwise; named "as declared", "prompts: train", ..."""
+    """D' as declared, and with one choice at a time made otherwise; named "as declared", "prompts: train", ...
+
+    Chosen responses have neither prompts nor a decoding to choose.
+    """
     declared = target_spec(p)
+    fixed = ("prompts", "decoding") if p.target_responses == "chosen" else ()
     return {"as declared": declared} | {
         f"{name}: {value}": target_spec(p, **{name: value})
         for name, values in CHOICES.items()
         for value in values
-        if getattr(declared, name) != value
+        if name not in fixed and getattr(declared, name) != value
     }
 
 
 def targets_run(p: Parameters, run: SFTRun | DPORun | PPORun, choices: dict[str, TargetSpec]) -> TargetsRun:
     """G and cosine of a training run on the check probe, with several choices of D'."""
-    return TargetsRun(run=run, choices=choices, probe="check", size=p.probe)
+    return TargetsRun(run=run, choices=choices, probe="check", size=p.choice_probe)
 
 
 def exploration_run(p: Parameters, run: DPORun | PPORun) -> ExplorationRun:
@@ -251,6 +255,6 @@ def alignment_run(p: Parameters, run: SFTRun | DPORun | PPORun, probe: str = "tr
         run=run,
         targets=target_spec(p),
         probe=probe,
-        size=p.probe,
+        size=p.ppo_probe if run.kind == "ppo" else p.probe,
         method=p.method,
     )

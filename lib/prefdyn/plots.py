@@ -70,7 +70,13 @@ def over_training(
 def compare(
     ax: Axes, table: pd.DataFrame, y: str, by: str, colours: dict[str, str], x: str = "step", dash: str = "-"
 ) -> None:
-    """Draw `y` over training for each value of the column `by` that `colours` names, as `over_training` does."""
+    """Draw `y` over training for each value of the column `by` that `colours` names, as `over_training` does.
+
+    Raises ValueError for a name that the table does not have.
+    """
+    missing = set(colours) - set(table[by])
+    if missing:
+        raise ValueError(f"compare: no {by} {sorted(missing)} in the table; there are {sorted(set(table[by]))}")
     for name, colour in colours.items():
         over_training(ax, table[table[by] == name], y, colour=colour, label=name, x=x, dash=dash)
 

@@ -192,13 +192,14 @@ class PPORun(recipes.Training):
 
         Ratios, KL and entropy refer to the policy that sampled, the one at `temperature`.
 
-        Passes are in chunks of `size` rows with all columns: the same shapes as the minibatches of the first pass, so
-        that its first ratio is exactly 1.
+        Passes are in chunks of `size` rows with all columns, taken apart by `micro_batch`: the same shapes as the
+        minibatches of the first pass, so that its first ratio is exactly 1.
         """
         limits = {"max_prompt": self.data.max_prompt, "max_response": self.data.max_response}
         asked, answers = reply(model, tokenizer, prompts, temperature=self.temperature, seed=seed, **limits)
         batch = data.pad(asked, answers, tokenizer.pad_token_id).to(model.device)
-        parts = batch.slices(size)
+        micro = self.optimisation.micro_batch or size
+        parts = [part for block in batch.slices(size) for part in block.slices(micro)]
         with torch.no_grad():
             old, ref = (
                 torch.cat([policy.token_logps(m, part, self.temperature) for part in parts]) for m in (model, reference)
@@ -272,9 +273,8 @@ class PPORun(recipes.Training):
         order = Optimisation(steps=config.steps, batch_size=self.rollouts, lr=config.lr, seed=config.seed)
         chosen = [prompts[i] for i in example_order(len(prompts), step, order).tolist()]
         seed = (config.seed * 100_003 + step) * 2 + 1
-        size = config.micro_batch or config.batch_size
         objective, old_values, returns, metrics = self.collect(
-            model, reference, value_model, tokenizer, score, chosen, seed, size
+            model, reference, value_model, tokenizer, score, chosen, seed, config.batch_size
         )
         made: list[dict[str, float]] = []
         for epoch in range(self.epochs):

@@ -158,7 +158,7 @@ class Training(Spec):
         limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
         seed = self.optimisation.seed
         metrics, replies = evaluate(model, reference, tokenizer, dataset(spec), seed=seed, **limits)
-        index = torch.arange(min(check.size, 512), device=model.device)
+        index = torch.arange(min(check.size, 256), device=model.device)
         batch = check.batch(index)
         with torch.no_grad():
             logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
