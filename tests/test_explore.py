@@ -105,3 +105,14 @@ def test_replies_to_a_file_have_no_types_and_no_reward(store, tmp_path):
     table = store.get(plan.exploration_run(p, plan.dpo_run(p, 0))).frame("exploration")
     assert set(table.columns) == {"step", "index", "distinct", "reward", "best"} and len(table) == 3 * 5
     assert table[["reward", "best"]].isna().all(axis=None) and np.isfinite(table["distinct"]).all()
+
+
+def test_drift_by_hand():
+    """Two prompts: one reply is final from the start; the other changes one of three words: 2 * 2 / 6 are alike."""
+    rows = [(0, 0, "a b c"), (0, 1, "x y z"), (3, 0, "a b c"), (3, 1, "x q z")]
+    replies = pd.DataFrame(rows, columns=["step", "index", "reply"]).assign(seed=5)
+    found = explore.drift(replies.sample(frac=1, random_state=1)).set_index("step")
+    assert (found["seed"] == 5).all()
+    assert found["same"].to_dict() == {0: 0.5, 3: 1.0}
+    assert found["distance"].to_dict() == pytest.approx({0: (0 + 1 / 3) / 2, 3: 0.0})
+    assert explore.distance("", "") == 0.0 and explore.distance("a", "b") == 1.0

@@ -200,3 +200,9 @@ def test_provenance_names_parameters_versions_and_runs(shown, tmp_path):
         "sft-1, dpo-2",
     ):
         assert expected in data["text/plain"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_shade_needs_a_number(value):
+    with pytest.raises(ValueError, match="'step 0: w' is not finite"):
+        page.shaded([("step 0: w", ["a", "b"], [1.0, value])])

@@ -188,16 +188,20 @@ def test_steps_follow_from_epochs_and_pairs():
     assert short.parents()[0] == short.sft == plan.sft_run(p, 0)
 
 
+SIZES = {"probe": 33, "ppo_probe": 34, "choice_probe": 35}
+
+
 def test_parameters_reach_the_measurements():
     targets = {"responses": "unrelated", "prompts": "train", "decoding": "greedy", "reduction": "mean"}
-    p = check(SMALL | {f"target_{k}": v for k, v in targets.items()} | {"method": "central", "probe": 33})
+    p = check(SMALL | {f"target_{k}": v for k, v in targets.items()} | {"method": "central"} | SIZES)
     run = plan.dpo_run(p, 0)
     measured = plan.alignment_run(p, run, probe="check")
     assert measured.targets.model_dump() == targets | {"count": 6}
     assert (measured.run, measured.probe, measured.size, measured.method) == (run, "check", 33, "central")
     choices = {"as declared": measured.targets}
     chosen = plan.targets_run(p, run, choices)
-    assert (chosen.run, chosen.choices, chosen.probe, chosen.size) == (run, choices, "check", 33)
+    assert (chosen.run, chosen.choices, chosen.probe, chosen.size) == (run, choices, "check", 35)
+    assert plan.alignment_run(p, plan.ppo_run(p, 0)).size == 34
     explored = plan.exploration_run(p.model_copy(update={"explore_prompts": 5, "explore_samples": 3}), run)
     assert (explored.run, explored.prompts, explored.samples) == (run, 5, 3)
 
@@ -378,7 +382,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_responses": "chosen",
         "target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
     }  # fmt: skip
-    elsewhere = PPO.keys() | EXPLORE.keys() | {"kl_coefficient"}
+    elsewhere = PPO.keys() | EXPLORE.keys() | {"kl_coefficient", "ppo_probe", "choice_probe"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
     changed |= dict.fromkeys(elsewhere)
 
