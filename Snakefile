@@ -3,8 +3,9 @@
 #
 # A chapter runs again when its source, the library, the profile or the command has changed. Its runs belong to the run store,
 # which knows what each depends on: it computes the missing ones side by side, parents first. Chapters run one after
-# another, since each uses all cores for that; runs that chapters share are computed by the first of them. What `prefdyn execute` writes appears whole or not at all, so an interrupted
-# build needs no repair: call it again and it goes on with the chapter that was cut off.
+# another, since each uses all cores for that; runs that chapters share are computed by the first of them. What
+# `prefdyn execute` writes appears whole or not at all, so an interrupted build needs no repair: call it again and it goes
+# on with the chapter that was cut off.
 from pathlib import Path
 
 import yaml
