@@ -101,7 +101,8 @@ def shaded(rows: Iterable[tuple[str, Sequence[str], Sequence[float]]]) -> None:
         most = max(map(abs, values), default=0.0)
         spans = [_shade(token, value, most) for token, value in zip(tokens, values, strict=True)]
         head = f'{html.escape(name)}<br><span style="font-size:85%">most: {most:.2g}</span>'
-        body.append(f'<tr><th scope="row" style="text-align:left;white-space:nowrap">{head}</th><td>{" ".join(spans)}</td></tr>')
+        style = "text-align:left;white-space:nowrap"
+        body.append(f'<tr><th scope="row" style="{style}">{head}</th><td>{" ".join(spans)}</td></tr>')
         plain.append(f"{name}: " + " ".join(f"{t} ({v:+.2g})" for t, v in zip(tokens, values, strict=True)))
     display(
         {
