@@ -24,7 +24,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -339,33 +339,39 @@ def report(name: str, result: dict) -> str:
     return "\n".join(head + table(result["methods"]) + tail)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {','.join(SIZES)} (default: all)")
+def arguments(description: str, sizes: Iterable[str]) -> argparse.Namespace:
+    """The command line of a benchmark of `sizes`; sets torch's threads."""
+    sizes = ",".join(sizes)
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--sizes", default=sizes, help=f"of {sizes} (default: all)")
     parser.add_argument("--repeats", type=int, help="rounds of timing (default: 25, 9 and 3 for the three sizes)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     parser.add_argument("--json", type=Path, help="also write all numbers there")
     args = parser.parse_args()
     args.sizes = args.sizes.split(",")
-    if unknown := set(args.sizes) - set(SIZES):
-        parser.error(f"--sizes {sorted(unknown)[0]!r}: must be of {','.join(SIZES)}")
+    if unknown := set(args.sizes) - set(sizes.split(",")):
+        parser.error(f"--sizes {sorted(unknown)[0]!r}: must be of {sizes}")
     if args.threads < 1 or (args.repeats is not None and args.repeats < 1):
         parser.error("--threads and --repeats must be at least 1")
+    torch.set_num_threads(args.threads)
     return args
 
 
-def main() -> None:
-    """Measure the sizes asked for and print one table each."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    where = {
+def environment() -> dict[str, str | int]:
+    """Where the times were taken: packages, machine, threads."""
+    return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
-        "threads": args.threads,
+        "threads": torch.get_num_threads(),
     }
+
+
+def main() -> None:
+    """Measure the sizes asked for and print one table each."""
+    args = arguments(__doc__, SIZES)
+    where = environment()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rounds = {name: args.repeats or SIZES[name].repeats for name in args.sizes}
     results = {}

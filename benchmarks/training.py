@@ -19,26 +19,21 @@ profile, cut short by what BOOK says; its model has the size "0.1M".
 A target that is missed is reported and is no error: times depend on the machine.
 """
 
-import argparse
 import contextlib
 import copy
 import functools
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-import transformers
-from alignment import BETA, PROMPT, RESPONSE, Size, make_model, random_batch
+from alignment import BETA, PROMPT, RESPONSE, Size, arguments, environment, make_model, random_batch
 from prefdyn import objectives, params, plan, policy, ppo
 from prefdyn.data import Batch, concatenate
 from prefdyn.runs import RunStore
@@ -314,33 +309,10 @@ def report_iteration(result: dict) -> str:
     return "\n".join(lines + [line(part, row, "share", ".1%") for part, row in result["parts"].items()])
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default=",".join(SIZES), help=f"of {','.join(SIZES)} (default: all)")
-    parser.add_argument("--repeats", type=int, help="rounds of timing (default: 25, 9 and 3 for the three sizes)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
-    parser.add_argument("--json", type=Path, help="also write all numbers there")
-    args = parser.parse_args()
-    args.sizes = args.sizes.split(",")
-    if unknown := set(args.sizes) - set(SIZES):
-        parser.error(f"--sizes {sorted(unknown)[0]!r}: must be of {','.join(SIZES)}")
-    if args.threads < 1 or (args.repeats is not None and args.repeats < 1):
-        parser.error("--threads and --repeats must be at least 1")
-    return args
-
-
 def main() -> None:
     """Measure the sizes asked for and an iteration of PPO; print one table each."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    where = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": args.threads,
-    }
+    args = arguments(__doc__, SIZES)
+    where = environment()
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     rounds = {name: args.repeats or SIZES[name].repeats for name in args.sizes}
     results = {}
