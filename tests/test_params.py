@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from prefdyn import params, plan, policy
+from prefdyn import controls, params, plan, policy
 from prefdyn.params import PRESETS, ParameterError, check, read_cells
 from prefdyn.runs import RunStore
 from toys.models import tiny_policy
@@ -39,7 +39,7 @@ def test_presets_of_the_world_describe_runs(profile):
         assert run.sft.data.seed == run.sft.seed == run.optimisation.seed == seed
         assert len(run.steps()) == p.checkpoints
         rewarded = plan.ppo_run(p, seed)
-        assert (rewarded.sft, rewarded.control, rewarded.reward) == (run.sft, "full", None)
+        assert (rewarded.sft, rewarded.control, rewarded.reward) == (run.sft, controls.FULL, None)
         assert (rewarded.optimisation.steps, rewarded.optimisation.batch_size) == (p.iterations, p.ppo_batch)
 
 
@@ -181,10 +181,10 @@ def preferences(tmp_path):
 def test_steps_follow_from_epochs_and_pairs():
     """40 pairs in batches of 8 are 5 updates an epoch."""
     p = check(SMALL | {"epochs": 3.0, "long_epochs": 10.0})
-    short, long = plan.dpo_run(p, 0), plan.dpo_run(p, 0, control="uniform", long=True)
+    short, long = plan.dpo_run(p, 0), plan.dpo_run(p, 0, part="uniform", long=True)
     assert (short.optimisation.steps, long.optimisation.steps) == (15, 50)
     assert (short.optimisation.schedule, long.optimisation.schedule) == ("linear", "constant")
-    assert (short.control, long.control) == ("full", "uniform")
+    assert (short.control, long.control) == (controls.FULL, controls.Control(part="uniform"))
     assert short.parents()[0] == short.sft == plan.sft_run(p, 0)
 
 
@@ -347,7 +347,7 @@ def test_every_parameter_of_ppo_changes_the_key_of_its_runs_alone(tmp_path):
     store, p = RunStore(tmp_path), check(SMALL | {"reward": "learned"})
     others = [p.model_copy(update={name: value}) for name, value in PPO.items()]
     keys = [store.key(plan.ppo_run(q, 0)) for q in (p, *others)]
-    assert len({*keys, store.key(plan.ppo_run(p, 0, control="top"))}) == len(PPO) + 2
+    assert len({*keys, store.key(plan.ppo_run(p, 0, part="top"))}) == len(PPO) + 2
     assert len({store.key(plan.dpo_run(q, 0)) for q in (p, *others)}) == 1
     run = plan.ppo_run(p.model_copy(update=PPO), 0, leash=0.3)
     same = PPO.keys() & type(run).model_fields.keys() - {"reward"}

@@ -208,12 +208,12 @@ def test_sft_is_measured_too(store):
 def test_controls_change_the_training(store, dpo):
     ends = {"full": dpo.frame("steps")["margin"].iloc[-1]}
     for control in ("positive", "negative", "uniform", "top"):
-        log = store.get(plan.dpo_run(WORLD, seed=0, control=control)).frame("steps")
+        log = store.get(plan.dpo_run(WORLD, seed=0, part=control)).frame("steps")
         assert log["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-5)
         ends[control] = log["margin"].iloc[-1]
     assert len(set(ends.values())) == len(ends)
-    positive = store.get(plan.dpo_run(WORLD, seed=0, control="positive")).frame("steps")
-    negative = store.get(plan.dpo_run(WORLD, seed=0, control="negative")).frame("steps")
+    positive = store.get(plan.dpo_run(WORLD, seed=0, part="positive")).frame("steps")
+    negative = store.get(plan.dpo_run(WORLD, seed=0, part="negative")).frame("steps")
     assert positive["logp_chosen"].iloc[-1] > positive["logp_chosen"].iloc[0]
     assert negative["logp_rejected"].iloc[-1] < negative["logp_rejected"].iloc[0]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from prefdyn import train
+from prefdyn.controls import Control
 from prefdyn.objectives import DPO, PPO, SFT
 from prefdyn.policy import sequence_logps, token_logps
 from prefdyn.train import Optimisation
@@ -42,7 +43,7 @@ def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor],
 
 def fit(model, objective, config, **more):
     """`train.fit` without checkpoints unless they are asked for."""
-    return train.fit(model, objective, config, **{"at": [], "on_checkpoint": lambda step: None} | more)
+    return train.fit(model, objective, config, **{"at": [], "on_checkpoint": lambda step, optimizer: None} | more)
 
 
 class Crash(Exception):
@@ -57,14 +58,19 @@ def test_an_interrupted_run_continues_bit_by_bit(tmp_path, optimizer, control):
     model = build("gpt_neox")
     whole: dict[int, dict] = {}
     log = fit(
-        model, dpo(), config, control=control, at=at, on_checkpoint=lambda s: whole.update({s: weights_of(model)})
+        model,
+        dpo(),
+        config,
+        control=Control(part=control),
+        at=at,
+        on_checkpoint=lambda s, _: whole.update({s: weights_of(model)}),
     )
     assert sorted(whole) == at
     seen: dict[int, dict] = {}
     for crash_at in (5, 9, None):
         again = build("gpt_neox")
 
-        def on_checkpoint(step, again=again, crash_at=crash_at):
+        def on_checkpoint(step, optimizer, again=again, crash_at=crash_at):
             if step == crash_at:
                 raise Crash
             seen[step] = weights_of(again)
@@ -74,9 +80,9 @@ def test_an_interrupted_run_continues_bit_by_bit(tmp_path, optimizer, control):
         settings = {"at": at, "on_checkpoint": on_checkpoint, "state": tmp_path, "tick": tick}
         if crash_at:
             with pytest.raises(Crash):
-                fit(again, dpo(), config, control=control, **settings)
+                fit(again, dpo(), config, control=Control(part=control), **settings)
         else:
-            resumed = fit(again, dpo(), config, control=control, **settings)
+            resumed = fit(again, dpo(), config, control=Control(part=control), **settings)
             assert len(ticks) == config.steps  # the bar reaches its end
     assert resumed == log and len(log) == config.steps
     assert sorted(seen) == at
@@ -89,7 +95,9 @@ def test_state_is_left_at_checkpoints_and_only_the_last_is_kept(tmp_path):
     fit(build("gpt_neox"), dpo(), CONFIG, at=[0, 6, 12], state=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["state-12.safetensors", "state.json"]
     calls, model = [], build("gpt_neox", seed=5)
-    log = fit(model, dpo(), CONFIG, at=[0, 6, 12], on_checkpoint=calls.append, state=tmp_path)
+    log = fit(
+        model, dpo(), CONFIG, at=[0, 6, 12], on_checkpoint=lambda step, optimizer: calls.append(step), state=tmp_path
+    )
     assert calls == [] and [row["step"] for row in log] == list(range(12))  # it was finished
 
 
@@ -98,7 +106,14 @@ def test_half_written_state_is_not_read(tmp_path):
     (tmp_path / "state-6.safetensors").write_bytes(b"half")
     (tmp_path / "state.json.new").write_text("{")
     calls: list[int] = []
-    fit(build("gpt_neox"), dpo(), CONFIG, at=[0, 12], on_checkpoint=calls.append, state=tmp_path)
+    fit(
+        build("gpt_neox"),
+        dpo(),
+        CONFIG,
+        at=[0, 12],
+        on_checkpoint=lambda step, optimizer: calls.append(step),
+        state=tmp_path,
+    )
     assert calls == [0, 12]
     assert not (tmp_path / "state-6.safetensors").exists()
 
@@ -111,7 +126,9 @@ def test_micro_batches_make_the_same_step(double, objective, micro_batch):
     def trained(micro: int):
         model = build("gpt_neox")
         made = {"sft": lambda: SFT(random_batch(10)), "dpo": dpo, "ppo": ppo}[objective]()
-        log = fit(model, made, replace(CONFIG, steps=3, micro_batch=micro, optimizer="sgd"), control="positive")
+        log = fit(
+            model, made, replace(CONFIG, steps=3, micro_batch=micro, optimizer="sgd"), control=Control(part="positive")
+        )
         return weights_of(model), log
 
     (whole, log), (parts, part_log) = trained(0), trained(micro_batch)
@@ -188,7 +205,7 @@ def test_clipping_shortens_the_step_to_the_given_norm(double):
 def test_controls_and_objectives_are_learnt_from():
     """SFT lowers the loss that it trains on; DPO's positive learning raises the chosen responses."""
     for objective, control in ((SFT(random_batch(10)), "full"), (dpo(), "full"), (dpo(), "positive")):
-        log = fit(build("gpt_neox"), objective, replace(CONFIG, steps=25, batch_size=10), control=control)
+        log = fit(build("gpt_neox"), objective, replace(CONFIG, steps=25, batch_size=10), control=Control(part=control))
         assert log[-1]["loss"] < 0.9 * log[0]["loss"]
         if control == "positive":
             assert log[-1]["logp_chosen"] > log[0]["logp_chosen"] + 1
@@ -250,7 +267,7 @@ def test_checkpoints_by_hand(steps, count, expected):
         (lambda: fit(build("gpt_neox"), dpo(), replace(CONFIG, batch_size=11)), ValueError, "batch_size=11: more than"),
         (lambda: fit(build("gpt_neox"), dpo(), replace(CONFIG, optimizer="lion")), ValueError, "optimizer='lion'"),
         (lambda: fit(build("gpt_neox"), dpo(), replace(CONFIG, schedule="cosine")), ValueError, "schedule='cosine'"),
-        (lambda: fit(build("gpt_neox"), dpo(), CONFIG, control="best"), ValueError, "control='best'"),
+        (lambda: Control(part="best"), ValueError, "control='best'"),
     ],
 )
 def test_impossible_settings_are_named(call, error, said):

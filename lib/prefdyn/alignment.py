@@ -9,6 +9,10 @@ With d = E_{D'}[ grad log pi(y'|x') ] and grad L = - sum_tok w_tok grad log pi(t
 and one forward-mode pass along d gives a_tok for every token at once. G is linear in w, so every component of
 every objective costs a weighted sum, not a backward pass. A plain SGD step of size lr changes the mean
 negative log-likelihood of D' by about -lr * G.
+
+AdamW does not step along the gradient but along P grad L, with a scale P for each parameter. The optimiser-aware
+alignment takes the scaled direction P d in the place of d: then a step of size lr changes it by about -lr times *that*,
+momentum aside, and the parts still add up.
 """
 
 from collections.abc import Callable, Iterable
@@ -78,6 +82,11 @@ def norm(direction: Direction) -> torch.Tensor:
 def inner(a: Direction, b: Direction) -> torch.Tensor:
     """Inner product over all parameters."""
     return sum((a[name] * b[name]).sum() for name in a)
+
+
+def scaled(direction: Direction, scale: Direction) -> Direction:
+    """`direction` times `scale`, parameter by parameter; an empty scale leaves it as it is."""
+    return {name: t * scale[name] for name, t in direction.items()} if scale else direction
 
 
 def _forward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:

@@ -53,6 +53,16 @@ def drift(replies: pd.DataFrame) -> pd.DataFrame:
     return measured.groupby(["seed", "step"])[["same", "distance"]].mean().reset_index()
 
 
+def same_final_replies(replies: pd.DataFrame, label: str, other: str, by: str = "label") -> pd.Series:
+    """Share of prompts on which two trainings end at the same greedy reply, by seed.
+
+    Args: replies, a table of seed, step, index (prompt), reply and `by`, in whose values the two are named.
+    """
+    final = replies[replies["step"] == replies["step"].max()]
+    wide = final.pivot(index=["seed", "index"], columns=by, values="reply")
+    return (wide[label] == wide[other]).groupby("seed").mean()
+
+
 class ExplorationRun(recipes.Spec):
     """Several sampled replies to each of some held-out prompts, at every checkpoint of a training run."""
 

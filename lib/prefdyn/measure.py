@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import alignment, controls, ppo, recipes
 from .data import Batch
@@ -26,13 +26,15 @@ def token_table(
     weights: TokenWeights,
     logps: torch.Tensor,
     scores: torch.Tensor,
+    scores_opt: torch.Tensor,
     examples: int,
     count: int,
 ) -> pd.DataFrame:
     """A row for each response token of the first `count` of `examples` examples, in order.
 
     Columns: example; side (0, or for pairs 0 chosen and 1 rejected); position in the response; token (its text);
-    logp; w; a (its alignment score); strength of its unit; third (controls.thirds of all units, -1 where undefined).
+    logp; w; a, a_opt (its alignment scores, raw and for the optimiser's steps); strength of its unit; third
+    (controls.thirds of all units, -1 where undefined).
     """
     row, column = batch.response.nonzero(as_tuple=True)
     kept = row % examples < count
@@ -53,6 +55,7 @@ def token_table(
             "logp": values(logps[row, column], np.float32),
             "w": values(weights.w[row, column], np.float32),
             "a": values(scores[row, column], np.float32),
+            "a_opt": values(scores_opt[row, column], np.float32),
             "strength": values(weights.strength[unit], np.float32),
             "third": values(controls.thirds(weights.strength)[unit], np.int8),
         }
@@ -60,7 +63,7 @@ def token_table(
 
 
 class AlignmentRun(recipes.Spec):
-    """G and its components on one probe, at every checkpoint of a training run."""
+    """G and its components on one probe, at every checkpoint of a training run, raw and for the optimiser's steps."""
 
     kind: Literal["alignment"] = "alignment"
     run: recipes.SFTRun | recipes.DPORun | ppo.PPORun
@@ -74,14 +77,16 @@ class AlignmentRun(recipes.Spec):
 
     def work(self) -> float:
         rows = self.size * (1 if self.run.kind == "sft" else 2)
-        return 1.6 * rows * len(self.run.steps())  # a measured row costs about 1.6 trained ones
+        return 2.8 * rows * len(self.run.steps())  # two passes; a measured row costs about 1.4 trained ones in each
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write alignment, sequences and tokens (parquet), with a row a step and, in turn, component, example, token.
 
-        Columns of alignment: step, component, g, se, n, logp_targets.
-        Columns of sequences: step, example, and its contribution to each component; for DPO also omega, margin,
-        and the scores of its chosen and rejected response.
+        Columns of alignment: step, component, g, se, g_opt, se_opt, n, logp_targets, moved. G is in nats a unit of
+        learning rate; g_opt is the optimiser-aware one (`recipes.scale_after`, equal to g under SGD); moved is the
+        inner product of d with the update from this checkpoint to the next, in nats.
+        Columns of sequences: step, example, its contribution to each component and opt, that to g_opt of the whole; for
+        DPO also omega, margin, and the scores of its chosen and rejected response.
         Columns of tokens: step and those of `token_table`.
         """
         run = store.get(self.run)
@@ -108,23 +113,36 @@ class AlignmentRun(recipes.Spec):
         objective, index = prober(step, model)
         batch = objective.batch(index)
         direction = alignment.target_direction(model, targets, self.targets.reduction)
-        logps, scores = alignment.token_scores(model, batch, direction, self.method, temperature=objective.temperature)
+        scale = recipes.scale_after(run, self.run.steps(), step)
+        settings = {"method": self.method, "temperature": objective.temperature}
+        logps, scores = alignment.token_scores(model, batch, direction, **settings)
+        scores_opt = scores
+        if scale:
+            _, scores_opt = alignment.token_scores(model, batch, alignment.scaled(direction, scale), **settings)
         weights = objective.weights(logps, batch, index)
-        rows = {name: alignment.by_sequence(weights, scores, name) for name in controls.CONTROLS}
-        # an example's rows (the two responses of a pair) are one unit of sampling
-        examples = {name: g.reshape(-1, len(index)).sum(0).double().cpu().numpy() for name, g in rows.items()}
         n = len(index)
+
+        def by_example(scores: torch.Tensor) -> dict[str, np.ndarray]:
+            """Contributions to each component; an example's rows (a pair has two) are one unit of sampling."""
+            rows = {name: alignment.by_sequence(weights, scores, name) for name in controls.CONTROLS}
+            return {name: g.reshape(-1, n).sum(0).double().cpu().numpy() for name, g in rows.items()}
+
+        examples, examples_opt = by_example(scores), by_example(scores_opt)
         summary = pd.DataFrame(
             {
                 "component": list(examples),
                 "g": [g.sum() for g in examples.values()],
                 "se": [np.sqrt(n * g.var(ddof=1)) for g in examples.values()],
+                "g_opt": [g.sum() for g in examples_opt.values()],
+                "se_opt": [np.sqrt(n * g.var(ddof=1)) for g in examples_opt.values()],
                 "n": n,
                 "logp_targets": sequence_logps(model, targets).mean().item(),
+                "moved": self._moved(run, step, model, direction),
             }
         )
         sequences = {"example": np.arange(n, dtype=np.int32)}
         sequences |= {k: g.astype(np.float32) for k, g in examples.items()}
+        sequences["opt"] = examples_opt["full"].astype(np.float32)
         if self.run.kind == "dpo":
             chosen, rejected = scores.sum(-1).chunk(2)
             sequences |= {
@@ -133,5 +151,14 @@ class AlignmentRun(recipes.Spec):
                 "a_chosen": chosen.float().cpu().numpy(),
                 "a_rejected": rejected.float().cpu().numpy(),
             }
-        tokens = token_table(batch, tokenizer, weights, logps, scores, n, TOKENS_OF)
+        tokens = token_table(batch, tokenizer, weights, logps, scores, scores_opt, n, TOKENS_OF)
         return {"alignment": summary, "sequences": pd.DataFrame(sequences), "tokens": tokens}
+
+    def _moved(self, run, step: int, model: PreTrainedModel, direction: alignment.Direction) -> float:
+        """<d, update from this checkpoint to the next one>; NaN at the last."""
+        following = [s for s in self.run.steps() if s > step]
+        if not following:
+            return float("nan")
+        after = dict(recipes.load_checkpoint(run, following[0])[0].named_parameters())
+        before = dict(model.named_parameters())
+        return alignment.inner(direction, {name: (after[name] - before[name]).detach() for name in direction}).item()

@@ -7,13 +7,22 @@ which stops on a name that the cell does not have, on a wrong type and on a valu
 import ast
 import difflib
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .controls import check_schedule
 
 
 class ParameterError(ValueError):
     """A parameter that is not there or not allowed; the message says which, what was given and what is allowed."""
+
+
+Variant = Literal[
+    "shift", "switch", "reverse", "scaled", "decay", "early", "late", "without-top", "without-bottom", "heavy-top"
+]
+Schedule = list[tuple[int, float]]
+SCHEDULES = ("dpo_positive", "dpo_negative", "ppo_positive", "ppo_negative")
 
 
 class Parameters(BaseModel):
@@ -72,6 +81,14 @@ class Parameters(BaseModel):
     choice_probe: int = Field(description="pairs, demonstrations or replies for G with other choices of D'", ge=2)
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
+    variants: list[Variant] = Field(description="controlled variants of DPO and PPO to train")
+    switch_at: float = Field(description="share of training after which variants switch", gt=0, lt=1)
+    floor: float = Field(description="least factor of a gradual variant, at one end of training", ge=0, le=1)
+    negative_scale: float = Field(description="constant factor on negative learning in the variant 'scaled'", ge=0)
+    dpo_positive: Schedule = Field(description="a free schedule of DPO's positive learning: factors at updates")
+    dpo_negative: Schedule = Field(description="a free schedule of DPO's negative learning: factors at updates")
+    ppo_positive: Schedule = Field(description="a free schedule of PPO's positive learning: factors at iterations")
+    ppo_negative: Schedule = Field(description="a free schedule of PPO's negative learning: factors at iterations")
     target_responses: Literal["final", "chosen", "unrelated"] = Field(
         description="D': the final policy's answers, chosen responses of check pairs, or answers to other prompts"
     )
@@ -92,6 +109,22 @@ class Parameters(BaseModel):
             raise ValueError("each seed once")
         if isinstance(value, list) and any(isinstance(v, int) and v < 0 for v in value):
             raise ValueError("no negative seed")
+        return value
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _variants(cls, value: Any) -> Any:
+        """Accept "shift,switch", which a command line can give, for ["shift", "switch"]."""
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator(*SCHEDULES, mode="before")
+    @classmethod
+    def _schedule(cls, value: Any) -> Any:
+        """Rows as a notebook gives them, [[0, 1.0], [32, 0.5]]; no rows: no such variant."""
+        if isinstance(value, list):
+            value = [tuple(row) if isinstance(row, list) else row for row in value]
+            if value and all(isinstance(row, tuple) and len(row) == 2 for row in value):
+                check_schedule(tuple(value))
         return value
 
     @field_validator("reward", mode="before")
@@ -222,6 +255,11 @@ COMMON = {
     "lam": 0.95,
     "whiten": True,
     "stop_kl": 0.0,
+    "variants": list(get_args(Variant)),
+    "switch_at": 0.5,
+    "floor": 0.1,
+    "negative_scale": 0.5,
+    **{name: [] for name in SCHEDULES},
     "explore_prompts": 32,
     "explore_samples": 16,
     "target_responses": "final",
@@ -261,6 +299,10 @@ def _allowed(name: str) -> str:
     schema = Parameters.model_json_schema()["properties"][name]
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
+    if name in SCHEDULES:
+        return f"a list of rows [step, factor], steps in order, e.g. [[0, 1.0], [32, 0.5]]: {schema['description']}"
+    if "enum" in schema.get("items", {}):
+        return f"a list of some of {', '.join(schema['items']['enum'])}: {schema['description']}"
     words = {
         "integer": "a whole number",
         "number": "a number",

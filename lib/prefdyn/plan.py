@@ -5,6 +5,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from . import variants
+from .controls import Control
 from .explore import ExplorationRun
 from .measure import AlignmentRun
 from .params import ParameterError, Parameters
@@ -104,8 +106,11 @@ def sft_run(p: Parameters, seed: int) -> SFTRun:
     )
 
 
-def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False) -> DPORun:
-    """DPO from the SFT policy of the same seed; `long` trains for `long_epochs` at a constant learning rate."""
+def dpo_run(p: Parameters, seed: int, part: str = "full", long: bool = False) -> DPORun:
+    """DPO from the SFT policy of the same seed, with a part of its weights (one of `controls.CONTROLS`).
+
+    `long` trains for `long_epochs` at a constant learning rate.
+    """
     sft = sft_run(p, seed)
     data = data_spec(p, seed)
     pairs = len(dataset(data).pairs)  # a file may hold fewer than were asked for
@@ -118,7 +123,7 @@ def dpo_run(p: Parameters, seed: int, control: str = "full", long: bool = False)
         sft=sft,
         data=data,
         beta=p.beta,
-        control=control,
+        control=Control(part=part),
         optimisation=Optimisation(
             steps=steps,
             batch_size=p.batch,
@@ -152,9 +157,9 @@ def reward_run(p: Parameters, seed: int) -> RewardRun:
 
 
 def ppo_run(
-    p: Parameters, seed: int, control: str = "full", reward: str | None = None, leash: float | None = None
+    p: Parameters, seed: int, part: str = "full", reward: str | None = None, leash: float | None = None
 ) -> PPORun:
-    """PPO from the SFT policy of the same seed.
+    """PPO from the SFT policy of the same seed, with a part of its weights (one of `controls.CONTROLS`).
 
     reward: "true" or "learned", by default as the parameter says. leash: the KL penalty, by default the parameter's
     for that reward.
@@ -178,7 +183,7 @@ def ppo_run(
         sft=sft_run(p, seed),
         data=data,
         reward=None if reward == "true" else reward_run(p, seed),
-        control=control,
+        control=Control(part=part),
         optimisation=Optimisation(
             steps=p.iterations,
             batch_size=p.ppo_batch,
@@ -202,6 +207,12 @@ def ppo_run(
         whiten=p.whiten,
         stop_kl=p.stop_kl,
     )
+
+
+def variant_run(p: Parameters, seed: int, method: str, name: str) -> DPORun | PPORun:
+    """A controlled variant (`variants`) of "dpo" or "ppo": the plain run of the same seed in all but its control."""
+    plain = dpo_run(p, seed) if method == "dpo" else ppo_run(p, seed)
+    return plain.model_copy(update={"control": variants.control(p, method, name, plain.optimisation.steps)})
 
 
 def target_spec(p: Parameters, **other: str) -> TargetSpec:

@@ -23,9 +23,19 @@ from transformers import (
 )
 
 from . import data, policy, recipes, rollout
+from .controls import Control
 from .evaluate import reply, rewards
 from .objectives import PPO
-from .train import Optimisation, example_order, learning_rate, load_state, make_optimizer, save_state, update
+from .train import (
+    Optimisation,
+    digest,
+    example_order,
+    learning_rate,
+    load_state,
+    make_optimizer,
+    save_state,
+    update,
+)
 
 if TYPE_CHECKING:
     from .runs import RunStore
@@ -137,7 +147,7 @@ class PPORun(recipes.Training):
     sft: recipes.SFTRun
     data: recipes.DataSpec
     reward: RewardRun | None  # None: the world's true reward
-    control: str
+    control: Control
     rollouts: int  # replies an iteration
     temperature: float  # of sampling, and of the policy that is trained
     epochs: int  # passes over them
@@ -271,7 +281,8 @@ class PPORun(recipes.Training):
             for group in part.param_groups:
                 group["lr"] = learning_rate(config, step) / config.lr * lr
         order = Optimisation(steps=config.steps, batch_size=self.rollouts, lr=config.lr, seed=config.seed)
-        chosen = [prompts[i] for i in example_order(len(prompts), step, order).tolist()]
+        index = example_order(len(prompts), step, order)
+        chosen = [prompts[i] for i in index.tolist()]
         seed = (config.seed * 100_003 + step) * 2 + 1
         objective, old_values, returns, metrics = self.collect(
             model, reference, value_model, tokenizer, score, chosen, seed, config.batch_size
@@ -280,14 +291,19 @@ class PPORun(recipes.Training):
         for epoch in range(self.epochs):
             rng = torch.Generator().manual_seed(seed * 101 + epoch)
             rows = torch.arange(objective.size) if epoch == 0 else torch.randperm(objective.size, generator=rng)
-            for index in rows.to(model.device).split(config.batch_size):
+            for minibatch in rows.to(model.device).split(config.batch_size):
                 if made and 0 < self.stop_kl < made[-1]["moved"]:
                     break
-                step_metrics = update(model, objective, optimizer, index, self.control, config.clip, config.micro_batch)
-                loss = self._value_step(parts["value"], objective.batch(index), old_values[index], returns[index])
+                step_metrics = update(
+                    model, objective, optimizer, minibatch, self.control, config.clip, config.micro_batch, step
+                )
+                loss = self._value_step(
+                    parts["value"], objective.batch(minibatch), old_values[minibatch], returns[minibatch]
+                )
                 made.append(step_metrics | {"value_loss": loss})
         mean = pd.DataFrame(made).mean().to_dict()
         first = {f"first_{name}": made[0][name] for name in ("ratio_max", "clip_fraction")}
+        metrics = {"examples": digest(index), **metrics}
         return {"step": step, **metrics, **mean, **first, "updates": len(made), "lr": optimizer.param_groups[0]["lr"]}
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
@@ -309,7 +325,7 @@ class PPORun(recipes.Training):
         tick(self.rollouts * (3 + 2 * self.epochs) * first)
         for step in range(first, self.optimisation.steps + 1):
             if step in self.steps() and (step > first or step == 0):
-                self.keep_checkpoint(folder, step, model, reference, tokenizer, check, self.data)
+                self.keep_checkpoint(folder, step, model, parts["policy"][1], reference, tokenizer, check, self.data)
                 save_model(value_model, str(folder / f"value-{step}.safetensors"))
                 save_state(folder, parts, step, log)
             if step < self.optimisation.steps:

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, SerializationInfo, field_serializer
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import data, policy, world
+from .controls import FULL, Control
 from .evaluate import evaluate, win_rate
 from .objectives import DPO, SFT
-from .train import Objective, Optimisation, checkpoint_steps, fit
+from .train import Objective, Optimisation, checkpoint_steps, fit, step_scale
 
 if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
     from .runs import Run, RunStore
@@ -131,6 +132,16 @@ def final_policy(run: "Run") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device()), tokenizer
 
 
+def scale_after(run: "Run", steps: list[int], step: int) -> dict[str, torch.Tensor]:
+    """What the optimiser scaled gradients by in the updates that follow `step`, by parameter name; {} where it did not.
+
+    It is the scale at the next of the run's checkpoints `steps` (at the last one its own): there is none before the
+    first update, and a single update's would be the gradient's own size.
+    """
+    path = run.folder / f"scale-{min((s for s in steps if s > step), default=step)}.safetensors"
+    return {name: t.to(device()) for name, t in load_file(path).items()} if path.exists() else {}
+
+
 Prober = Callable[[int, PreTrainedModel], tuple[Objective, torch.Tensor]]  # (step, policy) -> objective, examples
 
 
@@ -149,12 +160,13 @@ class Training(Spec):
         folder: Path,
         step: int,
         model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
         reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         check: Objective,
         spec: DataSpec,
     ) -> None:
-        """Evaluate on held-out prompts and on the objective `check`; write checkpoint-STEP and evaluation-STEP."""
+        """Evaluate on held-out prompts and on the objective `check`; write checkpoint-, scale- and evaluation-STEP."""
         limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
         seed = self.optimisation.seed
         metrics, replies = evaluate(model, reference, tokenizer, dataset(spec), seed=seed, **limits)
@@ -164,6 +176,8 @@ class Training(Spec):
             logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
         checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, index).items()}
         save_model(model, str(folder / f"checkpoint-{step}.safetensors"))
+        if scale := step_scale(model, optimizer):
+            save_file(scale, folder / f"scale-{step}.safetensors")
         kept = {"metrics": metrics | checked, "replies": replies}
         (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
 
@@ -211,8 +225,8 @@ class _Fitted(Training):
         tick,
         model: PreTrainedModel,
         objective: Objective,
-        keep: Callable[[int], None],
-        control: str = "full",
+        keep: Callable[[int, torch.optim.Optimizer], None],
+        control: Control = FULL,
     ) -> list[dict]:
         """Train and keep checkpoints; returns the log."""
         rows_a_step = len(objective.batch(torch.arange(2, device=model.device))) // 2 * self.optimisation.batch_size
@@ -253,8 +267,8 @@ class SFTRun(_Fitted):
         model.to(device())
         train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
 
-        def keep(step: int) -> None:
-            self.keep_checkpoint(folder, step, model, None, tokenizer, check, self.data)
+        def keep(step: int, optimizer: torch.optim.Optimizer) -> None:
+            self.keep_checkpoint(folder, step, model, optimizer, None, tokenizer, check, self.data)
 
         self.finish(folder, self._fit(folder, tick, model, train, keep), model, tokenizer)
 
@@ -303,7 +317,7 @@ class DPORun(_Fitted):
     sft: SFTRun
     data: DataSpec
     beta: float
-    control: str
+    control: Control
 
     def scored(self) -> ReferenceRun:
         return ReferenceRun(sft=self.sft, data=self.data)
@@ -324,8 +338,8 @@ class DPORun(_Fitted):
         reference, _ = final_policy(start)
         train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
 
-        def keep(step: int) -> None:
-            self.keep_checkpoint(folder, step, model, reference, tokenizer, check, self.data)
+        def keep(step: int, optimizer: torch.optim.Optimizer) -> None:
+            self.keep_checkpoint(folder, step, model, optimizer, reference, tokenizer, check, self.data)
 
         log = self._fit(folder, tick, model, train, keep, self.control)
         self.finish(folder, log, model, tokenizer, before=start)

@@ -83,7 +83,10 @@ class TargetsRun(recipes.Spec):
         return (2.0 * rows + sum(choice.count for choice in self.choices.values())) * len(self.run.steps())
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
-        """Write targets.parquet: step, choice, g, se, n, cosine, logp (mean log-likelihood of D', nats)."""
+        """Write targets.parquet: step, choice, n, g, se, cosine, g_opt, cosine_opt, logp (mean of D', nats a response).
+
+        cosine_opt is that of d and the objective's gradient as the optimiser scales it.
+        """
         run = store.get(self.run)
         model, tokenizer = recipes.final_policy(run)
         drawn = {name: choice.draw(self.run.data, model, tokenizer) for name, choice in self.choices.items()}
@@ -92,13 +95,19 @@ class TargetsRun(recipes.Spec):
         for step in self.run.steps():
             model, _ = recipes.load_checkpoint(run, step)
             objective, index = prober(step, model)
-            for name, measures in self._at(model, objective, index, drawn).items():
+            scale = recipes.scale_after(run, self.run.steps(), step)
+            for name, measures in self._at(model, objective, index, drawn, scale).items():
                 rows.append({"step": step, "choice": name, "n": len(index), **measures})
             tick(self.work() / len(self.run.steps()))
         pd.DataFrame(rows).to_parquet(folder / "targets.parquet")
 
     def _at(
-        self, model: PreTrainedModel, objective: Objective, index: torch.Tensor, drawn: dict[str, Batch]
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        index: torch.Tensor,
+        drawn: dict[str, Batch],
+        scale: alignment.Direction,
     ) -> dict[str, dict[str, float]]:
         """Measures of every choice at one checkpoint."""
         ways = {
@@ -111,14 +120,17 @@ class TargetsRun(recipes.Spec):
             whole = {name: whole[name] + g for name, g in ascent.items()} if whole else ascent
             for name, way in ways.items():
                 parts[name].append(alignment.inner(ascent, way).item())
-        length = alignment.norm(whole).item()
+        step = alignment.scaled(whole, scale)
+        length, step_length = alignment.norm(whole).item(), alignment.norm(step).item()
         found = {}
         for name, way in ways.items():
-            g, lengths = np.array(parts[name]), length * alignment.norm(way).item()
+            g, g_opt, size = np.array(parts[name]), alignment.inner(step, way).item(), alignment.norm(way).item()
             found[name] = {
                 "g": g.sum(),
                 "se": np.sqrt(len(g) * g.var(ddof=1)) if len(g) > 1 else np.nan,
-                "cosine": g.sum() / lengths if lengths > 0 else np.nan,
+                "cosine": g.sum() / (length * size) if length * size > 0 else np.nan,
+                "g_opt": g_opt,
+                "cosine_opt": g_opt / (step_length * size) if step_length * size > 0 else np.nan,
                 "logp": policy.sequence_logps(model, drawn[name]).mean().item(),
             }
         return found

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,27 @@ def example_order(size: int, step: int, config: Optimisation) -> torch.Tensor:
     return torch.cat(orders)[offset : offset + config.batch_size]
 
 
+def digest(index: torch.Tensor) -> int:
+    """A number that tells which examples an update used, and in which order: two runs can be compared by it."""
+    return zlib.crc32(index.to(torch.int64).numpy().tobytes())
+
+
+def step_scale(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What AdamW divides a gradient by, inverted: 1 / (sqrt(v) + eps), by parameter name; {} for SGD or at the start.
+
+    v is the running mean of squared gradients without the bias of its start. A step of AdamW is, but for momentum,
+    -lr * scale * gradient. See *Adam*, Kingma & Ba 2015, algorithm 1.
+    """
+    scales = {}
+    if isinstance(optimizer, torch.optim.AdamW):
+        (group,) = optimizer.param_groups
+        for name, p in model.named_parameters():
+            if state := optimizer.state.get(p):
+                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+                scales[name] = 1 / (v.sqrt() + group["eps"])
+    return scales
+
+
 def checkpoint_steps(steps: int, count: int) -> list[int]:
     """At most `count` steps from 0 to `steps`, both included, closer together early on."""
     if count < 2:
@@ -95,11 +117,14 @@ def update(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     index: torch.Tensor,
-    control: str = "full",
+    control: controls.Control = controls.FULL,
     clip: float = 1.0,
     micro_batch: int = 0,
+    step: int = 0,
 ) -> dict[str, float]:
     """One optimiser step on the examples `index`; returns the objective's metrics before it and the gradient norm.
+
+    step: where training is, for controls that change over it.
 
     With more rows than `micro_batch`, a first pass without gradients gives the weights of the whole batch, and the
     gradient is accumulated over parts in a second one: the same step, with less memory.
@@ -110,13 +135,13 @@ def update(
     if 0 < micro_batch < len(batch):
         with torch.no_grad():
             fixed = torch.cat([logps_of(part) for part in batch.slices(micro_batch)])
-        w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
+        w = controls.apply_in_training(control, objective.weights(fixed, batch, index), step)
         for part, part_w in zip(batch.slices(micro_batch), w.split(micro_batch), strict=True):
             (-(part_w * logps_of(part)).sum()).backward()
     else:
         logps = logps_of(batch)
         fixed = logps.detach()
-        w = controls.apply_in_training(control, objective.weights(fixed, batch, index))
+        w = controls.apply_in_training(control, objective.weights(fixed, batch, index), step)
         (-(w * logps).sum()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
     if not torch.isfinite(norm):
@@ -171,16 +196,16 @@ def fit(
     objective: Objective,
     config: Optimisation,
     *,
-    control: str = "full",
+    control: controls.Control = controls.FULL,
     at: list[int],
-    on_checkpoint: Callable[[int], None],
+    on_checkpoint: Callable[[int, torch.optim.Optimizer], None],
     state: Path | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """Train `model` in place; returns one dict of metrics per step.
 
     Args:
-      at: steps (numbers of updates done) at which `on_checkpoint(step)` is called; 0 is before the first update.
+      at: steps (numbers of updates done) at which `on_checkpoint(step, optimizer)` is called; 0 is before the first.
       state: a folder; if given, training continues from what an interrupted call left there, as if it had never
         stopped, and leaves its own state there at each checkpoint.
       tick: called once a step, for a progress bar.
@@ -195,15 +220,17 @@ def fit(
         tick()
     for step in range(start, config.steps + 1):
         if step in at and (step > start or step == 0):
-            on_checkpoint(step)
+            on_checkpoint(step, optimizer)
             if state:
                 save_state(state, parts, step, log)
         if step == config.steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        index = example_order(objective.size, step, config).to(model.device)
-        metrics = update(model, objective, optimizer, index, control, config.clip, config.micro_batch)
-        log.append({"step": step, **metrics, "lr": optimizer.param_groups[0]["lr"]})
+        index = example_order(objective.size, step, config)
+        metrics = update(
+            model, objective, optimizer, index.to(model.device), control, config.clip, config.micro_batch, step
+        )
+        log.append({"step": step, "examples": digest(index), **metrics, "lr": optimizer.param_groups[0]["lr"]})
         tick()
     return log

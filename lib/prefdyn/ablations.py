@@ -1,0 +1,122 @@
+"""Controlled variants beside their plain method: were conditions equal, what did it change, how fast, at what cost?
+
+Pure functions over the tables of training runs, gathered over variants (column `variant`) and seeds (column `seed`).
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from .paired import Comparison, adjusted, by_seed_and_prompt, crossed_interval, paired, win_rate_interval
+from .runs import Run
+from .stats import Estimate, require_columns
+
+PLAIN = "plain"  # the method as it is
+
+
+def unequal(run: Run, plain: Run) -> list[str]:
+    """What differs between two training runs besides their control; empty if they can be compared.
+
+    Compared are their settings, the weights they start from, the examples of every update in their order, and the
+    replies before training.
+    """
+    found = []
+    specs = [r.json("spec") for r in (run, plain)]
+    for name in sorted(set(specs[0]) | set(specs[1])):
+        if name != "control" and specs[0].get(name) != specs[1].get(name):
+            found.append(f"setting {name}")
+    starts = [r.json("manifest").get("checkpoint-0.safetensors") for r in (run, plain)]
+    if starts[0] is None or starts[0] != starts[1]:
+        found.append("weights at the start")
+    orders = [r.frame("steps")["examples"].tolist() for r in (run, plain)]
+    if orders[0] != orders[1]:
+        found.append("order of the data")
+    replies = [r.frame("replies").query("step == 0")["reply"].tolist() for r in (run, plain)]
+    if replies[0] != replies[1]:
+        found.append("replies before training")
+    return found
+
+
+def require_equal(runs: Mapping[tuple[str, int], Run]) -> int:
+    """The number of comparisons between variants and the plain method of the same seed, all of them fair.
+
+    Args: runs, (variant, seed) -> run, with (PLAIN, seed) for each seed. Raises ValueError that names a
+    variant, its seed and what differs.
+    """
+    pairs = [(key, run, runs[PLAIN, key[1]]) for key, run in runs.items() if key[0] != PLAIN]
+    for (variant, seed), run, plain in pairs:
+        if problems := unequal(run, plain):
+            raise ValueError(f"variant {variant!r}, seed {seed}, is not comparable: unequal {', '.join(problems)}")
+    return len(pairs)
+
+
+def final(replies: pd.DataFrame, variant: str) -> np.ndarray:
+    """Rewards of a variant's final greedy replies, [seeds, prompts] in points."""
+    require_columns(replies, ["variant", "step", "seed", "index", "reward"])
+    own = replies[replies["variant"] == variant]
+    if own.empty:
+        raise ValueError(f"variant {variant!r}: not in the table; there are {sorted(set(replies['variant']))}")
+    return by_seed_and_prompt(own[own["step"] == own["step"].max()], "reward")
+
+
+def over_training(replies: pd.DataFrame, variant: str) -> np.ndarray:
+    """Mean reward of a variant's greedy replies over training, [seeds, prompts] in points: the area below the curve.
+
+    The mean over steps follows the trapezoidal rule between checkpoints. It is large for what learns early.
+    """
+    require_columns(replies, ["variant", "step", "seed", "index", "reward"])
+    own = replies[replies["variant"] == variant]
+    steps = np.sort(own["step"].unique())
+    curve = np.stack([by_seed_and_prompt(own[own["step"] == step], "reward") for step in steps])
+    return np.trapezoid(curve, steps, axis=0) / (steps[-1] - steps[0])
+
+
+def compare(replies: pd.DataFrame, variants: Iterable[str], measure=final) -> pd.DataFrame:
+    """Each variant against the plain method, paired by seed and prompt, with a correction for their number.
+
+    Args: measure, `final` or `over_training`. Returns a row a variant: variant, difference (Estimate, points),
+    effect (Cohen's d of the paired differences), win_rate (Estimate, ties half), p, adjusted (for all rows together).
+    """
+    plain, rows = measure(replies, PLAIN), []
+    for variant in variants:
+        own = measure(replies, variant)
+        found: Comparison = paired(own, plain)
+        rows.append(
+            {
+                "variant": variant,
+                "difference": found.difference,
+                "effect": found.effect,
+                "win_rate": win_rate_interval(own, plain),
+                "p": found.p,
+            }
+        )
+    table = pd.DataFrame(rows, columns=["variant", "difference", "effect", "win_rate", "p"])
+    return table.assign(adjusted=adjusted(table["p"].tolist()))
+
+
+def largest_effect(replies: pd.DataFrame, measure=final) -> Estimate:
+    """Size of the largest difference, of either sign, that any variant makes to the plain method, in points.
+
+    Its bounds are those of intervals at 95% for all variants together (Bonferroni): the largest of their lower bounds
+    on |difference| and the largest of their upper ones.
+    """
+    variants = [name for name in pd.unique(replies["variant"]) if name != PLAIN]
+    if not variants:
+        raise ValueError("largest_effect: there is no variant in the table")
+    plain = measure(replies, PLAIN)
+    found = [crossed_interval(measure(replies, v) - plain, level=1 - 0.05 / len(variants)) for v in variants]
+    biggest = max(found, key=lambda e: abs(e.mean))
+    return Estimate(
+        abs(biggest.mean),
+        max(max(0.0, e.low, -e.high) for e in found) if np.isfinite(biggest.low) else np.nan,
+        max(max(abs(e.low), abs(e.high)) for e in found) if np.isfinite(biggest.low) else np.nan,
+        biggest.n,
+    )
+
+
+def overshoot(curves: pd.DataFrame, value: str) -> pd.DataFrame:
+    """How far the last checkpoint is below the best one, by variant and seed: columns variant, seed, overshoot."""
+    require_columns(curves, ["variant", "seed", "step", value])
+    ordered = curves.sort_values("step").groupby(["variant", "seed"], sort=False)[value]
+    return (ordered.max() - ordered.last()).rename("overshoot").reset_index()

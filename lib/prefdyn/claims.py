@@ -1,0 +1,356 @@
+"""The ledger: what each claim of the paper predicts, as rules that a computer judges on the evidence that there is.
+
+A rule says which table it reads, what it measures there, and on which side of a threshold the 95% interval must lie.
+A claim is judged by all of its rules. Nothing here computes a run: what is missing is "not run".
+
+The thresholds of C1 to C6 follow the predictions at the head of the chapters. When they were written down here, those
+chapters' results with seeds 0 to 2 were known; other seeds and other settings are the test. Those of C7 were written
+before any controlled variant had been run.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from . import ablations, stats
+from .evidence import TABLES, NotRun, measured
+from .explore import same_final_replies
+from .params import Parameters
+from .runs import RunStore
+from .stats import Estimate
+
+SURE = 0.8  # "nearly every" checkpoint: all but one of five
+SMALL_SHARE = 0.1  # a half with less than a tenth of G has no part worth the name
+SAME_REPLIES = 0.9  # two trainings that agree on nine replies of ten end at the same place
+SMALL_EFFECT = 0.2  # points of 7: the smallest difference in reward that would matter to a reader of the replies
+
+VERDICTS = ("supported", "partly", "not supported", "inconclusive", "not run")
+
+
+def _surely_positive(g: str, se: str) -> Callable[[pd.DataFrame], Estimate]:
+    def measure(table: pd.DataFrame) -> Estimate:
+        full = table[table["component"] == "full"].sort_values("step")
+        shares = [stats.sign_summary(one[g], one[se])["positive"] for _, one in full.groupby("seed")]
+        return stats.mean_interval(shares, within=(0, 1))
+
+    return measure
+
+
+def _above_floor(table: pd.DataFrame) -> Estimate:
+    cosine = table.groupby(["seed", "choice"])["cosine"].mean().unstack()
+    return stats.mean_interval(cosine["as declared"] - cosine["responses: unrelated"])
+
+
+def _negative_share(table: pd.DataFrame) -> Estimate:
+    """Share of the negative half in the sizes of both halves of G, mean over checkpoints."""
+    size = table.pivot(index=["seed", "step"], columns="component", values="g").abs()
+    share = size["negative"] / (size["negative"] + size["positive"])
+    return stats.mean_interval(share.groupby("seed").mean(), within=(0, 1))
+
+
+def _change(column: str) -> Callable[[pd.DataFrame], Estimate]:
+    """Last minus first checkpoint."""
+
+    def measure(table: pd.DataFrame) -> Estimate:
+        ordered = table.sort_values("step").groupby("seed")[column]
+        return stats.mean_interval(ordered.last() - ordered.first())
+
+    return measure
+
+
+def _agreement(half: str) -> Callable[[pd.DataFrame], Estimate]:
+    return lambda table: stats.mean_interval(same_final_replies(table, half, "full"), within=(0, 1))
+
+
+def _full_minus(other: str, column: str) -> Callable[[pd.DataFrame], Estimate]:
+    return lambda table: stats.differences(table, "label", "full", other, [column])[column]
+
+
+def _top_minus_bottom(column: str) -> Callable[[pd.DataFrame], Estimate]:
+    return lambda table: stats.differences(table, "third", "top", "bottom", [column])[column]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One computable consequence of a claim.
+
+    says: the prediction. why: why the claim implies it, where its threshold comes from. measure: an Estimate from the
+    table named `table`, of which it reads `columns`. predicted: the side of `threshold` on which the interval must lie.
+    figure: chapter and figure that show it.
+    """
+
+    claim: str
+    name: str
+    says: str
+    why: str
+    table: str
+    columns: tuple[str, ...]
+    measure: Callable[[pd.DataFrame], Estimate]
+    predicted: str  # "above" or "below"
+    threshold: float
+    figure: str
+
+
+G = ("seed", "step", "component")
+GAINS = ("variant", "seed", "index", "step", "reward")
+CLAIMS = {
+    "C1": "DPO's updates follow stable targets",
+    "C2": "PPO's updates balance exploration and exploitation",
+    "C3": "in DPO, positive and negative learning jointly shape the targets",
+    "C4": "in DPO, loss reweighting is less a reward signal than a regulariser against overfitting",
+    "C5": "in PPO, negative learning supports exploration rather than determining the targets",
+    "C6": "in PPO, groups of tokens by absolute advantage have distinct roles",
+    "C7": "controlling these dynamics changes efficiency and performance",
+}
+RULES = (
+    Rule(
+        "C1", "C1a", "G of DPO is surely positive at nearly every checkpoint (share)",
+        "stable targets: each update points at where training ends; nearly every is all but one in five",
+        "G of DPO", (*G, "g", "se"), _surely_positive("g", "se"), "above", SURE, "02-targets#fig-g",
+    ),
+    Rule(
+        "C1", "C1b", "so is the optimiser-aware G (share)",
+        "G speaks of gradient descent; the claim is about the updates that AdamW makes",
+        "G of DPO", (*G, "g_opt", "se_opt"), _surely_positive("g_opt", "se_opt"), "above", SURE, "02-targets#fig-g",
+    ),
+    Rule(
+        "C1", "C1c", "cosine with the final responses above that with responses to other prompts",
+        "else the targets would be no more than the style that all replies share",
+        "choices of D'", ("seed", "choice", "cosine"), _above_floor, "above", 0.0, "02-targets#fig-choices",
+    ),
+    Rule(
+        "C2", "C2a", "DPO's G is sure of its sign more often than PPO's, at equal numbers of sequences (difference)",
+        "exploration: PPO's updates point at its end less reliably than supervised ones do",
+        "sureness", ("seed", "dpo", "ppo"), lambda t: stats.mean_interval(t["dpo"] - t["ppo"]), "above", 0.0,
+        "02-targets#fig-equal",
+    ),
+    Rule(
+        "C2", "C2b", "the true reward of PPO's sampled replies rises (points)",
+        "exploitation: what is found is used",
+        "curve of PPO", ("seed", "step", "reward_sampled"), _change("reward_sampled"), "above", 0.0,
+        "02-targets#fig-ppo",
+    ),
+    Rule(
+        "C2", "C2c", "the entropy of PPO's policy falls (nats a reply)",
+        "balance: exploration gives way to exploitation over training",
+        "curve of PPO", ("seed", "step", "entropy"), _change("entropy"), "below", 0.0, "02-targets#fig-ppo",
+    ),
+    Rule(
+        "C3", "C3a", "negative learning has a part in DPO's G (share of sizes)",
+        "jointly: no half is negligible, here less than a tenth",
+        "G of DPO", (*G, "g"), _negative_share, "above", SMALL_SHARE, "03-positive-negative#fig-parts",
+    ),
+    Rule(
+        "C3", "C3b", "so has positive learning: the negative share is not all (share of sizes)",
+        "the same from the other side",
+        "G of DPO", (*G, "g"), _negative_share, "below", 1 - SMALL_SHARE, "03-positive-negative#fig-parts",
+    ),
+    Rule(
+        "C3", "C3c", "without negative learning training ends at other replies (share of equal replies)",
+        "a half that can be left out without changing where training ends does not shape it",
+        "replies of DPO's halves", ("label", "seed", "index", "step", "reply"), _agreement("positive"), "below",
+        SAME_REPLIES, "03-positive-negative#fig-dpo-halves",
+    ),
+    Rule(
+        "C3", "C3d", "without positive learning too (share of equal replies)",
+        "the same for the other half",
+        "replies of DPO's halves", ("label", "seed", "index", "step", "reply"), _agreement("negative"), "below",
+        SAME_REPLIES, "03-positive-negative#fig-dpo-halves",
+    ),
+    Rule(
+        "C4", "C4a", "omega does not follow the true gap in reward (rank correlation, unseen pairs)",
+        "a reward signal would give more weight to clearer pairs",
+        "omega", ("seed", "correlation"), lambda t: stats.mean_interval(t["correlation"]), "below", 0.0,
+        "04-reweighting#fig-omega-signal",
+    ),
+    Rule(
+        "C4", "C4b", "omega is larger where the worse response is the chosen one (AUC, unseen pairs)",
+        "a reward signal would give less weight to wrong labels",
+        "omega", ("seed", "auc_worse"), lambda t: stats.mean_interval(t["auc_worse"], within=(0, 1)), "above", 0.5,
+        "04-reweighting#fig-omega-signal",
+    ),
+    Rule(
+        "C4", "C4c", "long run: the final true reward is higher with omega than without (points)",
+        "a regulariser keeps what training too long would lose",
+        "long runs", ("label", "seed", "reward_sampled"), _full_minus("uniform", "reward_sampled"), "above", 0.0,
+        "04-reweighting#fig-uniform",
+    ),
+    Rule(
+        "C4", "C4d", "long run: accuracy on training minus unseen pairs is smaller with omega (share)",
+        "overfitting in the narrow sense",
+        "long runs", ("label", "seed", "overfit"), _full_minus("uniform", "overfit"), "below", 0.0,
+        "04-reweighting#fig-uniform-why",
+    ),
+    Rule(
+        "C5", "C5a", "the negative half is the smaller one in PPO's G (share of sizes)",
+        "rather than determining the targets: the positive half carries them",
+        "G of PPO", (*G, "g"), _negative_share, "below", 0.5, "03-positive-negative#fig-parts",
+    ),
+    Rule(
+        "C5", "C5b", "with negative learning entropy is higher at equal reward (nats a reply)",
+        "supports exploration: more is left to be tried",
+        "variety of PPO's halves", ("label", "seed", "step", "reward", "entropy"),
+        lambda t: stats.at_equal(t, "reward", "entropy", "label", "full", "positive"), "above", 0.0,
+        "03-positive-negative#fig-path",
+    ),
+    Rule(
+        "C5", "C5c", "and more kinds of answer are found at equal reward (share)",
+        "entropy may be spent on wording; kinds of answer are what exploration should find",
+        "variety of PPO's halves", ("label", "seed", "step", "reward", "coverage"),
+        lambda t: stats.at_equal(t, "reward", "coverage", "label", "full", "positive"), "above", 0.0,
+        "03-positive-negative#fig-path",
+    ),
+    Rule(
+        "C6", "C6a", "the top third of tokens contributes more to G than the bottom third (G of the tokens kept)",
+        "distinct roles: the groups do not move the targets alike",
+        "roles of PPO's thirds", ("third", "seed", "g"), _top_minus_bottom("g"), "above", 0.0,
+        "04-reweighting#fig-advantage-thirds",
+    ),
+    Rule(
+        "C6", "C6b", "also per unit of weight",
+        "a group with more weight moves more; a role is more than its size",
+        "roles of PPO's thirds", ("third", "seed", "direction"), _top_minus_bottom("direction"), "above", 0.0,
+        "04-reweighting#fig-advantage-thirds",
+    ),
+    Rule(
+        "C7", "C7a", "some variant of DPO changes the final true reward (points, of either sign)",
+        "performance; an effect has to be surely larger than the smallest that matters",
+        "variants of DPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
+    ),
+    Rule(
+        "C7", "C7b", "some variant of PPO does (points, of either sign)",
+        "the same for PPO",
+        "variants of PPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
+    ),
+    Rule(
+        "C7", "C7c", "some variant of DPO changes the mean reward over training (points, of either sign)",
+        "efficiency: what learns sooner has earned more on the way",
+        "variants of DPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
+        SMALL_EFFECT, "05-ablations#fig-ablation-dpo",
+    ),
+    Rule(
+        "C7", "C7d", "some variant of PPO does (points, of either sign)",
+        "the same for PPO",
+        "variants of PPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
+        SMALL_EFFECT, "05-ablations#fig-ablation-ppo",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule with what was found: its Estimate and verdict, or the reason why there is none."""
+
+    rule: Rule
+    found: Estimate | None
+    verdict: str  # one of stats.judge, or "not run"
+    reason: str = ""
+
+
+def apply_rule(rule: Rule, table: pd.DataFrame) -> Finding:
+    """Judge one rule on its table. Raises ValueError that names the rule where a column is missing."""
+    missing = [column for column in rule.columns if column not in table]
+    if missing:
+        raise ValueError(
+            f"rule {rule.name}: its table {rule.table!r} has no column {', '.join(missing)}; there are: "
+            f"{', '.join(map(str, table.columns))}"
+        )
+    found = rule.measure(table)
+    if not np.isfinite(found.mean):
+        return Finding(rule, None, "not run", "what it measures is not known for this dataset")
+    return Finding(rule, found, stats.judge(found, rule.predicted, rule.threshold))
+
+
+def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> list[Finding]:
+    """Judge rules on the runs that the store has for the parameters; nothing is computed.
+
+    Raises ValueError for a rule whose table is none of TABLES, or lacks a column.
+    """
+    tables: dict[str, pd.DataFrame | NotRun] = {}
+    findings = []
+    for rule in rules:
+        if rule.table not in TABLES:
+            raise ValueError(f"rule {rule.name}: there is no table {rule.table!r}; there are: {', '.join(TABLES)}")
+        if rule.table not in tables:
+            try:
+                tables[rule.table] = TABLES[rule.table](store, p)
+            except NotRun as missing:
+                tables[rule.table] = missing
+        table = tables[rule.table]
+        if isinstance(table, NotRun):
+            findings.append(Finding(rule, None, "not run", str(table)))
+        else:
+            findings.append(apply_rule(rule, table))
+    return findings
+
+
+def verdict(findings: Iterable[Finding]) -> str:
+    """The verdict on a claim from all of its rules, one of VERDICTS.
+
+    supported: all are as predicted. not supported: at least one is against the prediction, none as predicted. partly:
+    some are as predicted, not all. inconclusive: all are undecided. not run: a rule could not be judged.
+    """
+    found = [finding.verdict for finding in findings]
+    if not found or "not run" in found:
+        return "not run"
+    good, bad = found.count("as predicted"), found.count("against the prediction")
+    if good == len(found):
+        return "supported"
+    return "partly" if good else "not supported" if bad else "inconclusive"
+
+
+def ledger(findings: Iterable[Finding]) -> dict[str, str]:
+    """The verdict on each claim."""
+    findings = list(findings)
+    return {claim: verdict(f for f in findings if f.rule.claim == claim) for claim in CLAIMS}
+
+
+# Settings of the sensitivity table: what is changed, one at a time.
+ALTERNATIVES: dict[str, Callable[[Parameters], dict]] = {
+    "other seeds": lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]},
+    "beta x 3": lambda p: {"beta": 3 * p.beta},
+    "KL coefficient x 4": lambda p: {"kl_coefficient": 4 * p.kl_coefficient, "learned_kl": 4 * p.learned_kl},
+    "learning rates x 3": lambda p: {"lr": 3 * p.lr, "ppo_lr": 3 * p.ppo_lr},
+    "more wrong labels": lambda p: {"label_noise": min(0.5, p.label_noise + 0.2)},
+    "half the width": lambda p: {"width": p.width // 2},
+    "D' sampled": lambda p: {"target_decoding": "sampled"},
+    "D' on training prompts": lambda p: {"target_prompts": "train"},
+    "D' mean over tokens": lambda p: {"target_reduction": "mean"},
+}
+
+
+def alternative(p: Parameters, name: str) -> Parameters:
+    """The parameters with one setting changed. Raises ValueError for another name than one of ALTERNATIVES."""
+    if name not in ALTERNATIVES:
+        raise ValueError(f"alternative {name!r}: there is none; there are: {', '.join(ALTERNATIVES)}")
+    return p.model_copy(update=ALTERNATIVES[name](p))
+
+
+def _smaller_probe(p: Parameters) -> Parameters:
+    return p.model_copy(update={"probe": p.choice_probe, "ppo_probe": p.choice_probe})
+
+
+def sensitivity_runs(p: Parameters, name: str) -> list:
+    """What the sensitivity table computes of an alternative: G, on the smaller probe, of the runs that it changes."""
+    changed = alternative(p, name)
+    same = {spec for method in ("dpo", "ppo") for spec in _keys(measured(p, method))}
+    specs = {m: (measured(changed, m), measured(_smaller_probe(changed), m)) for m in ("dpo", "ppo")}
+    return [
+        small
+        for whole, smaller in specs.values()
+        for spec, small in zip(whole.values(), smaller.values(), strict=True)
+        if spec.model_dump_json() not in same
+    ]
+
+
+def _keys(specs: dict) -> list[str]:
+    return [spec.model_dump_json() for spec in specs.values()]
+
+
+def sensitivity(store: RunStore, p: Parameters, name: str, rules: Iterable[Rule] = RULES) -> list[Finding]:
+    """Judge rules under an alternative, on whatever runs of it there are: with the full probe, else the smaller one."""
+    changed, rules = alternative(p, name), list(rules)
+    pairs = zip(apply_rules(store, changed, rules), apply_rules(store, _smaller_probe(changed), rules), strict=True)
+    return [small if whole.verdict == "not run" else whole for whole, small in pairs]
