@@ -3,6 +3,7 @@
 import pytest
 import torch
 from prefdyn import controls, objectives
+from prefdyn.controls import Control, check_schedule, factor
 from prefdyn.objectives import TokenWeights
 
 # Three pairs of one-token responses, chosen rows first. Omegas 0.2, 0.9, 0.4; beta 1: w = +-omega / 3.
@@ -122,7 +123,9 @@ def test_there_are_no_thirds_of_ties(strength):
     for control in controls.THIRDS:
         w = controls.apply(control, weights)
         assert w[response].isnan().all() and (w[~response] == 0).all()
-        assert torch.equal(controls.apply_in_training(control, weights), weights.w)
+        assert torch.equal(controls.apply_in_training(Control(part=control), weights, 0), weights.w)
+        left_out = Control(factors={control: ((0, 0.0),)})
+        assert torch.equal(controls.apply_in_training(left_out, weights, 0), weights.w)  # there is nobody to leave out
 
 
 def test_small_but_real_differences_are_no_ties():
@@ -131,7 +134,8 @@ def test_small_but_real_differences_are_no_ties():
 
 def test_training_uses_the_control_where_it_is_defined(weights):
     for control in controls.CONTROLS:
-        assert torch.equal(controls.apply_in_training(control, weights), controls.apply(control, weights))
+        trained = controls.apply_in_training(Control(part=control), weights, step=3)
+        assert torch.equal(trained, controls.apply(control, weights))
 
 
 def test_uniform_holds_pairs_that_dpo_has_long_forgotten():
@@ -151,3 +155,84 @@ def test_unknown_controls_list_the_known_ones():
 def test_thirds_need_a_list_of_units(strength):
     with pytest.raises(ValueError, match="at least one unit"):
         controls.thirds(strength)
+
+
+# Steps 0 to 4: rises to 1; from 4 to 8 constant; a jump at 8 from 1 to 0.2; constant from there.
+ROWS = ((0, 0.0), (4, 1.0), (8, 1.0), (8, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0), (1, 0.25), (3, 0.75), (4, 1), (6, 1), (7, 1), (8, 0.2), (9, 0.2), (500, 0.2)]
+)
+def test_schedules_by_hand(step, expected):
+    assert factor(ROWS, step) == pytest.approx(expected)
+
+
+def test_a_schedule_is_constant_outside_of_its_rows():
+    assert [factor(((5, 0.3), (7, 0.9)), step) for step in (0, 4, 5, 6, 7, 8)] == pytest.approx(
+        [0.3, 0.3, 0.3, 0.6, 0.9, 0.9]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ((), "given no rows"),
+        (((3, 1.0), (2, 1.0)), r"given the steps \[3, 2\]"),
+        (((1, 1.0), (1, 0.5), (1, 0.0)), "at most twice the same"),
+        (((-1, 1.0),), r"given the row \[-1, 1\]"),
+        (((0, -0.5),), r"given the row \[0, -0.5\]"),
+        (((0, float("nan")),), r"given the row \[0, nan\]"),
+        (((0, 1.0), (65, 0.0)), "a row at step 65, and training ends after 64"),
+    ],
+)
+def test_impossible_schedules_are_refused_with_what_is_allowed(rows, said):
+    with pytest.raises(ValueError, match=said) as error:
+        check_schedule(rows, steps=64)
+    assert "allowed: rows of [step, factor]" in str(error.value)
+
+
+def test_possible_schedules_pass():
+    assert check_schedule(ROWS, steps=8) == ROWS
+
+
+def test_scaled_parts_by_hand():
+    """Negative learning fades from 1 to 0 over 4 updates: at update 1 each negative weight counts three quarters."""
+    fading = Control(factors={"negative": ((0, 1.0), (4, 0.0))})
+    expected = {
+        0: [0.2, 0.9, 0.4, -0.2, -0.9, -0.4],
+        1: [0.2, 0.9, 0.4, -0.15, -0.675, -0.3],
+        4: [0.2, 0.9, 0.4, 0, 0, 0],
+    }
+    for step, weights in expected.items():
+        w = controls.apply_in_training(fading, PAIRS, step)
+        assert (w[:, 0] == 0).all()
+        assert (3 * w[:, 1]).tolist() == pytest.approx(weights)
+
+
+def test_scaled_thirds_and_signs_multiply():
+    """Advantages 3, -1, 1/2, -2, 0, 4: top are 3 and 4, bottom 1/2 and 0. Top counts twice, what is positive half."""
+    both = Control(factors={"top": ((0, 2.0),), "bottom": ((0, 0.0),), "positive": ((0, 0.5),)})
+    w = controls.apply_in_training(both, TOKENS, 0)
+    assert (6 * w[:, 1:]).flatten().tolist() == pytest.approx([3, -1, 0, -2, 0, 4])
+
+
+def test_a_part_and_factors_go_together():
+    """Positive learning alone, without its top third."""
+    control = Control(part="positive", factors={"top": ((0, 0.0),)})
+    w = controls.apply_in_training(control, PAIRS, 0)
+    assert (3 * w[:, 1]).tolist() == pytest.approx([0.2, 0, 0.4, 0, 0, 0])
+
+
+def test_factors_of_1_change_nothing(rollout_weights):
+    control = Control(factors={name: ((0, 1.0),) for name in controls.SCALED})
+    assert torch.equal(controls.apply_in_training(control, rollout_weights, 5), rollout_weights.w)
+
+
+def test_a_control_of_unknown_parts_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"control='best': must be one of full, .*bottom"):
+        Control(part="best")
+    with pytest.raises(ValueError, match=r"factors of 'loud': must be of some of positive, negative, bottom"):
+        Control(factors={"loud": ((0, 1.0),)})
+    with pytest.raises(ValueError, match="given no rows"):
+        Control(factors={"negative": ()})

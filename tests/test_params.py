@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from prefdyn import controls, params, plan, policy
+from prefdyn import controls, params, plan, policy, variants
 from prefdyn.params import PRESETS, ParameterError, check, read_cells
 from prefdyn.runs import RunStore
 from toys.models import tiny_policy
@@ -340,6 +340,10 @@ PPO = {
     "learned_kl": 0.1, "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1,
 }  # fmt: skip
 EXPLORE = {"explore_prompts": 5, "explore_samples": 3}
+VARIANTS = {
+    "switch_at": 0.25, "floor": 0.3, "negative_scale": 0.7, "dpo_positive": [(0, 0.1)], "dpo_negative": [(0, 0.2)],
+    "ppo_positive": [(0, 0.3)], "ppo_negative": [(0, 0.4)],
+}  # fmt: skip
 
 
 def test_every_parameter_of_ppo_changes_the_key_of_its_runs_alone(tmp_path):
@@ -371,6 +375,19 @@ def test_every_parameter_of_exploration_changes_its_key(tmp_path):
     assert len(keys) == 3
 
 
+def test_every_parameter_of_variants_changes_the_key_of_some_of_them_alone(tmp_path):
+    store, p = RunStore(tmp_path), check(SMALL | {"dpo_negative": [[0, 1.0]], "ppo_negative": [[0, 1.0]]})
+    plain = {store.key(plan.dpo_run(p, 0)), store.key(plan.ppo_run(p, 0))}
+
+    def keys(q) -> set[str]:
+        return {store.key(plan.variant_run(q, 0, m, name)) for m in ("dpo", "ppo") for name in variants.names(q, m)}
+
+    assert len(keys(p)) == 4 + 1 + 7 + 1 and not keys(p) & plain
+    for name, value in VARIANTS.items():
+        q = p.model_copy(update={name: value})
+        assert keys(q) != keys(p) and {store.key(plan.dpo_run(q, 0)), store.key(plan.ppo_run(q, 0))} == plain
+
+
 def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
     """Each is changed alone. What only a long run, a file, PPO or the memory uses does not count for short DPO."""
     store, p = RunStore(tmp_path), check(SMALL)
@@ -382,7 +399,8 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_responses": "chosen",
         "target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
     }  # fmt: skip
-    elsewhere = PPO.keys() | EXPLORE.keys() | {"kl_coefficient", "ppo_probe", "choice_probe"}
+    elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys()
+    elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
     changed |= dict.fromkeys(elsewhere)
 

@@ -71,9 +71,11 @@ def with_random_head(kind: type, folder: Path) -> torch.nn.Module:
 def test_a_run_keeps_what_training_runs_keep_and_its_values(run):
     names = {p.name for p in run.folder.iterdir()}
     kept = {f"{what}-{step}.safetensors" for what in ("checkpoint", "value") for step in STEPS}
+    kept |= {f"scale-{step}.safetensors" for step in STEPS[1:]}
     tables = {f"{name}.parquet" for name in TABLES}
     assert names == kept | tables | {"policy", "spec.json", "provenance.json", "manifest.json"}
     steps = run.frame("steps")
+    assert steps["examples"].nunique() == 4
     assert steps["step"].tolist() == [0, 1, 2, 3] and run.frame("checkpoints")["step"].tolist() == STEPS
     assert (steps["updates"] == UPDATES).all()
     assert np.isfinite(steps).all(axis=None)

@@ -11,6 +11,7 @@ import torch
 from prefdyn import controls, evaluate, measure, plan, policy, recipes, train, world
 from prefdyn.params import check
 from prefdyn.runs import RunStore
+from safetensors.torch import load_file
 from toys.models import tiny_policy
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -56,6 +57,7 @@ def test_a_training_run_keeps_its_checkpoints_tables_and_policy(store, dpo):
     assert steps == [0, 4, 12]
     names = {p.name for p in dpo.folder.iterdir()}
     expected = {f"checkpoint-{step}.safetensors" for step in steps} | {f"{name}.parquet" for name in TABLES}
+    expected |= {f"scale-{step}.safetensors" for step in steps[1:]}  # before the first update there is none
     assert names == expected | {"policy", "spec.json", "provenance.json", "manifest.json"}
     assert dpo.frame("steps")["step"].tolist() == list(range(12))
     assert dpo.frame("checkpoints")["step"].tolist() == steps
@@ -110,6 +112,47 @@ def test_tables_of_a_measurement_fit_together(measured):
     se = table.query("component == 'full'").set_index("step")["se"]
     assert np.allclose(se, np.sqrt(48) * deviations, rtol=1e-4)
     assert (table["n"] == 48).all() and (sequences.groupby("step").size() == 48).all()
+
+
+def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
+    """<P grad L, grad NLL of D'> by autograd, P from the next checkpoint (the last one's own), and <d, real update>."""
+    spec, table = plan.dpo_run(WORLD, seed=0), measured.frame("alignment")
+    full = table.query("component == 'full'").set_index("step")
+    final, tokenizer = recipes.final_policy(dpo)
+    targets = plan.target_spec(WORLD).draw(spec.data, final, tokenizer)
+    objective = spec.probe(store, tokenizer, "train")
+    index, following = torch.arange(48), {0: 4, 4: 12, 12: 12}
+    for step in spec.steps():
+        model, _ = recipes.load_checkpoint(dpo, step)
+        named = dict(model.named_parameters())
+        ascent = torch.autograd.grad(policy.token_logps(model, targets).sum(-1).mean(), list(named.values()))
+        logps = policy.token_logps(model, objective.batch(index)).sum(-1)
+        margin = logps[:48] - logps[48:] - (objective.reference[0] - objective.reference[1])
+        loss = -torch.nn.functional.logsigmoid(WORLD.beta * margin).mean()
+        descent = torch.autograd.grad(loss, list(named.values()))
+        scale = load_file(dpo.folder / f"scale-{following[step]}.safetensors")
+        g, g_opt = (
+            -sum((a * d * s).sum().item() for a, d, s in zip(ascent, descent, scales, strict=True))
+            for scales in ([torch.ones(())] * len(named), [scale[name] for name in named])
+        )
+        assert full.loc[step, "g"] == pytest.approx(g, rel=1e-3)
+        assert full.loc[step, "g_opt"] == pytest.approx(g_opt, rel=1e-3) and abs(g_opt / g - 1) > 1
+        after = dict(recipes.load_checkpoint(dpo, following[step])[0].named_parameters())
+        moved = sum((a * (after[name] - p)).sum().item() for a, (name, p) in zip(ascent, named.items(), strict=True))
+        assert full.loc[step, "moved"] == pytest.approx(moved, rel=1e-3, nan_ok=True) or step == 12
+    assert np.isnan(full.loc[12, "moved"])
+    parts = table.pivot(index="step", columns="component", values="g_opt")
+    assert np.allclose(parts["positive"] + parts["negative"], parts["full"], rtol=1e-3, atol=1e-3)
+    sums = measured.frame("sequences").groupby("step")["opt"].sum()
+    assert np.allclose(sums, full["g_opt"], rtol=1e-3)
+
+
+def test_under_sgd_the_alignment_for_the_optimiser_is_the_raw_one(store):
+    p = WORLD.model_copy(update={"optimizer": "sgd", "lr": 0.5})
+    run = store.get(plan.dpo_run(p, seed=0))
+    assert not list(run.folder.glob("scale-*"))
+    table = store.get(plan.alignment_run(p, plan.dpo_run(p, seed=0))).frame("alignment")
+    assert table["g"].equals(table["g_opt"].rename("g")) and table["se"].equals(table["se_opt"].rename("se"))
 
 
 def test_margins_omegas_and_scores_of_a_measurement_fit_together(measured):

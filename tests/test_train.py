@@ -2,6 +2,7 @@
 
 import functools
 import math
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def test_a_step_of_sgd_goes_down_the_gradient_of_the_published_loss(double):
     assert_equal_weights(weights_of(model), weights_of(expected), bound=1e-12)
     assert row == {
         "step": 0,
+        "examples": zlib.crc32(b"".join(i.to_bytes(8, "little") for i in index.tolist())),
         "loss": pytest.approx(loss.item()),
         "margin": pytest.approx(margin.mean().item()),
         "accuracy": pytest.approx((margin > 0).double().mean().item()),
@@ -164,6 +166,56 @@ def test_a_step_of_sgd_goes_down_the_gradient_of_the_published_loss(double):
         "gradient_norm": pytest.approx(gradient_norm),
         "lr": 0.05,
     }
+
+
+def test_a_digest_tells_examples_and_their_order():
+    a, b = torch.tensor([3, 1, 2]), torch.tensor([1, 2, 3])
+    assert train.digest(a) == train.digest(a.clone()) == train.digest(a.int())
+    assert len({train.digest(a), train.digest(b), train.digest(b[:2])}) == 3
+
+
+def test_the_scale_of_adamw_by_hand(double):
+    """Two updates with gradients g and h: v = (0.999 * 0.001 g^2 + 0.001 h^2) / (1 - 0.999^2).
+
+    At the first update momentum is the gradient, so the step is -lr * scale * g.
+    """
+    model = torch.nn.Linear(3, 1, bias=False)
+    optimizer = train.make_optimizer(model, Optimisation(steps=2, batch_size=1, lr=0.1))
+    assert train.step_scale(model, optimizer) == {}
+    g, h = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[3.0, 0.1, 0.0]])
+    before = model.weight.detach().clone()
+    model.weight.grad = g
+    optimizer.step()
+    first = train.step_scale(model, optimizer)["weight"]
+    assert torch.allclose(model.weight.detach() - before, -0.1 * first * g, rtol=1e-12)
+    assert torch.allclose(first, 1 / (g.abs() + 1e-8), rtol=1e-9)
+    model.weight.grad = h
+    optimizer.step()
+    v = (0.999 * 0.001 * g**2 + 0.001 * h**2) / (1 - 0.999**2)
+    assert torch.allclose(train.step_scale(model, optimizer)["weight"], 1 / (v.sqrt() + 1e-8), rtol=1e-9)
+    plain = train.make_optimizer(model, Optimisation(steps=2, batch_size=1, lr=0.1, optimizer="sgd"))
+    plain.step()
+    assert train.step_scale(model, plain) == {}
+
+
+def test_a_schedule_reaches_training_at_its_steps(double):
+    """Negative learning left out until update 2: the first two steps are those of positive learning alone."""
+    config = replace(CONFIG, steps=4, optimizer="sgd")
+    late = Control(factors={"negative": ((0, 0.0), (2, 0.0), (2, 1.0))})
+    ways = {"late": late, "positive": Control(part="positive"), "full": Control()}
+    kept: dict[str, dict] = {}
+    for name, control in ways.items():
+        model = build("gpt_neox")
+        seen = kept[name] = {}
+        keep = lambda step, _, seen=seen, model=model: seen.update({step: weights_of(model)})  # noqa: E731
+        fit(model, dpo(), config, control=control, at=[0, 1, 2, 3, 4], on_checkpoint=keep)
+    for step in (1, 2):
+        assert_equal_weights(kept["late"][step], kept["positive"][step])
+    largest = [
+        max((kept["late"][step][k] - kept[other][step][k]).abs().max() for k in kept["late"][step])
+        for step, other in ((3, "positive"), (1, "full"))
+    ]
+    assert min(largest) > 1e-6
 
 
 @pytest.mark.parametrize("micro_batch", [0, 3])

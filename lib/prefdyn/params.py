@@ -119,12 +119,16 @@ class Parameters(BaseModel):
 
     @field_validator(*SCHEDULES, mode="before")
     @classmethod
-    def _schedule(cls, value: Any) -> Any:
-        """Rows as a notebook gives them, [[0, 1.0], [32, 0.5]]; no rows: no such variant."""
-        if isinstance(value, list):
-            value = [tuple(row) if isinstance(row, list) else row for row in value]
-            if value and all(isinstance(row, tuple) and len(row) == 2 for row in value):
-                check_schedule(tuple(value))
+    def _rows(cls, value: Any) -> Any:
+        """Accept rows as a notebook gives them, [[0, 1.0], [32, 0.5]]."""
+        return [tuple(row) if isinstance(row, list) else row for row in value] if isinstance(value, list) else value
+
+    @field_validator(*SCHEDULES)
+    @classmethod
+    def _schedule(cls, value: Schedule) -> Schedule:
+        """No rows: no such variant."""
+        if value:
+            check_schedule(tuple(value))
         return value
 
     @field_validator("reward", mode="before")
@@ -310,7 +314,7 @@ def _allowed(name: str) -> str:
         "string": "a text",
         "array": "a list of different seeds, e.g. 0,1,2",
     }
-    limits = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}"}
+    limits = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
     bounds = [text.format(schema[key]) for key, text in limits.items() if key in schema]
     return " ".join([words[schema["type"]], " and ".join(bounds)]).strip() + f": {schema['description']}"
 
