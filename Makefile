@@ -13,10 +13,12 @@ export PATH := $(abspath $(BIN)):$(PATH)
 NOT_LOCKED := ^(torch|triton|nvidia-|cuda-|pytorch-triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test lint lock clean
+.PHONY: help install book verify reference test lint lock clean
 
 help:
 	@echo "make book [PROFILE=smoke|reader|paper]  execute the chapters (what changed) and build the book"
+	@echo "make verify                             execute the chapters and compare their numbers with data/reference"
+	@echo "make reference                          write the numbers of the executed chapters to data/reference"
 	@echo "make test                               run the tests (the browser's need a built book and chromium)"
 	@echo "make lint                               check the style of library, tests and notebooks"
 	@echo "make lock                               resolve pyproject.toml into requirements.lock"
@@ -40,11 +42,20 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 # Only one build at a time, guarded by a lock that ends with the process. Snakemake's own lock survives an interruption and
 # would have to be removed by hand (--nolock); a chapter that was cut off is executed again (--rerun-incomplete).
+SNAKEMAKE = python .ci/exclusively.py .snakemake/book.lock \
+  snakemake --cores all --nolock --rerun-incomplete --rerun-triggers mtime params code input \
+    --config profile=$(PROFILE) --quiet host --nocolor
 book: $(VENV)/.installed
-	@python .ci/exclusively.py .snakemake/book.lock \
-	  snakemake --cores all --nolock --rerun-incomplete --rerun-triggers mtime params code input \
-	    --config profile=$(PROFILE) --quiet host --nocolor
+	@$(SNAKEMAKE)
 	@python -c 'from pathlib import Path; page = Path("_build/html/index.html"); print(f"The book: {page}  ({page.resolve().as_uri()})")'
+
+# What is missing is computed, what is kept is not computed again: in a fresh clone, everything.
+verify: $(VENV)/.installed
+	@$(SNAKEMAKE) chapters
+	@prefdyn verify --profile $(PROFILE)
+
+reference: $(VENV)/.installed
+	@prefdyn reference
 
 test: $(VENV)/.installed
 	@python -m pytest -rs

@@ -2,8 +2,8 @@
 # `make book` calls this; by hand: snakemake --cores all --config profile=reader
 #
 # A chapter runs again when its source, the library, the profile or the command has changed. Its runs belong to the run store,
-# which knows what each depends on: it computes the missing ones side by side, parents first. Chapters run one after
-# another, since each uses all cores for that; runs that chapters share are computed by the first of them. What
+# which knows what each depends on: it computes the missing ones side by side, parents first. Two chapters are executed at
+# a time, so that cores are busy while one of them draws; a run that both need is computed once, under its lock. What
 # `prefdyn execute` writes appears whole or not at all, so an interrupted build needs no repair: call it again and it goes
 # on with the chapter that was cut off.
 from pathlib import Path
@@ -31,7 +31,10 @@ LIBRARY = sorted(str(path) for path in Path("lib/prefdyn").rglob("*.py"))
 ASSETS = sorted(str(path) for folder in ("_assets", "_ext") for path in Path("book", folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
 
-localrules: html
+LEDGER = "08-ledger"
+
+
+localrules: html, chapters
 
 
 rule html:
@@ -53,16 +56,29 @@ rule html:
         "jupyter-book build book --config _config.yml --path-output . --all -W -n --keep-going -q"
 
 
+rule chapters:
+    input:
+        expand("book/notebooks/{chapter}.ipynb", chapter=CHAPTERS),
+        expand("book/_values/{chapter}.json", chapter=CHAPTERS),
+
+
+def before(wildcards):
+    """What a chapter waits for: the ledger judges the runs of all others and computes none of them."""
+    others = [chapter for chapter in CHAPTERS if chapter != wildcards.chapter]
+    return expand("book/notebooks/{chapter}.ipynb", chapter=others) if wildcards.chapter == LEDGER else []
+
+
 rule chapter:
     input:
         "notebooks/{chapter}.ipynb",
         LIBRARY,
+        before,
     output:
         "book/notebooks/{chapter}.ipynb",
         "book/_values/{chapter}.json",
     params:
         profile=PROFILE,
-    threads: workflow.cores
+    threads: (workflow.cores + 1) // 2
     message:
         "Executing chapter {wildcards.chapter} (profile {params.profile})"
     shell:

@@ -185,3 +185,64 @@ def test_runs_are_listed_shown_and_removed(project, call):
 def test_an_empty_store_is_no_error(project, call):
     assert call("runs", "list")[:2] == (0, "0 runs in ../data/runs\n")
     assert call("runs", "show", "x")[0] == 2
+
+
+def leave_values(project, profile: str = "reader", **numbers: list[float]) -> None:
+    """What an executed chapter leaves: its profile and numbers over seeds."""
+    values = {"profile": {"value": profile, "text": profile}}
+    values |= {k: {"value": sum(s) / len(s), "text": "", "seeds": s} for k, s in numbers.items()}
+    folder = project / "book" / "_values"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "01-tiny.json").write_text(json.dumps(values))
+
+
+def test_reference_results_are_written_and_verified(project, call):
+    leave_values(project, gain=[1.0, 2.0, 3.0], kl=[0.1, 0.1, 0.1])
+    status, out, _ = call("reference")
+    path = project / "data" / "reference" / "reader.json"
+    assert status == 0 and "2 numbers written" in out and json.loads(path.read_text())["profile"] == "reader"
+    status, out, _ = call("verify")
+    assert status == 0 and "of 2 numbers: 2 identical" in out and "versions differ" not in out
+    leave_values(project, gain=[1.5, 2.5, 3.5], kl=[0.1, 0.1, 0.1])
+    status, out, _ = call("verify")
+    assert status == 0 and "1 identical, 1 agrees" in out.replace("1 agrees, 1 identical", "1 identical, 1 agrees")
+    leave_values(project, gain=[11.0, 12.0, 13.0], kl=[0.1, 0.1, 0.1])
+    status, out, _ = call("verify")
+    assert status == 1 and "differs   01-tiny:gain: reference 2, now 12, tolerance 2.5" in out
+    assert "kl:" not in out
+    leave_values(project, gain=[1.0, 2.0, 3.0])
+    status, out, _ = call("verify")
+    assert status == 1 and "missing   01-tiny:kl" in out
+
+
+def test_an_edited_reference_fails_by_name(project, call):
+    leave_values(project, gain=[1.0, 2.0, 3.0], kl=[0.1, 0.2, 0.3])
+    call("reference")
+    path = project / "data" / "reference" / "reader.json"
+    known = json.loads(path.read_text())
+    known["numbers"]["01-tiny:kl"]["value"] = 0.21
+    path.write_text(json.dumps(known))
+    status, out, _ = call("verify")
+    assert status == 1 and "edited    01-tiny:kl" in out and "gain:" not in out
+
+
+def test_other_versions_are_said(project, call):
+    leave_values(project, gain=[1.0, 2.0, 3.0])
+    call("reference")
+    path = project / "data" / "reference" / "reader.json"
+    known = json.loads(path.read_text())
+    known["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(known))
+    status, out, _ = call("verify")
+    assert status == 0 and "versions differ from the reference's: torch" in out
+
+
+def test_what_cannot_be_verified_is_said(project, call):
+    status, _, err = call("verify")
+    assert status == 2 and "there are no reference results reader.json" in err
+    assert call("reference")[2].startswith("all chapters have to be of one profile (none is executed)")
+    leave_values(project, gain=[1.0, 2.0, 3.0])
+    call("reference")
+    leave_values(project, "smoke", gain=[1.0, 2.0, 3.0])
+    status, _, err = call("verify")
+    assert status == 2 and "the executed chapters are of profile 'smoke', the reference of 'reader'" in err

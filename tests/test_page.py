@@ -12,7 +12,7 @@ import pytest
 from prefdyn import page, plots
 from prefdyn.params import check
 from prefdyn.runs import Run
-from prefdyn.stats import Estimate
+from prefdyn.stats import Estimate, mean_interval
 
 EVIL = "<script>alert('x')</script>"
 
@@ -206,3 +206,30 @@ def test_provenance_names_parameters_versions_and_runs(shown, tmp_path):
 def test_a_shade_needs_a_number(value):
     with pytest.raises(ValueError, match="'step 0: w' is not finite"):
         page.shaded([("step 0: w", ["a", "b"], [1.0, value])])
+
+
+def test_links_lead_and_cannot_become_markup(shown):
+    page.texts([{"figure": page.Link(EVIL, 'x.html#"><b>'), "plain": "a"}])
+    data, _ = shown[0]
+    assert '<a href="x.html#&quot;&gt;&lt;b&gt;">&lt;script&gt;' in data["text/html"]
+    assert "<script>" not in data["text/html"] and data["text/plain"] == f"{EVIL} | a"
+
+
+def test_the_seeds_behind_a_number_are_kept(shown):
+    """For the comparison with reference results; a number without seeds has none."""
+    page.say("{gain} {n}", gain=mean_interval([1.0, 2.0, 3.0]), n=3)
+    kept = page.collect_values(notebook(shown))
+    assert kept["gain"]["seeds"] == [1.0, 2.0, 3.0] and kept["gain"]["value"] == 2.0
+    assert "seeds" not in kept["n"]
+
+
+def test_signed_logarithmic_scales_have_few_ticks_and_a_zero():
+    _, ax = plt.subplots()
+    values = pd.Series([-300.0, -0.02, 0.5, 8.0, 1200.0, 0.0])
+    ax.plot(values, values)
+    for axis in ("x", "y"):
+        plots.signed_log(ax, axis, values)
+    for ticks in (ax.get_xticks(), ax.get_yticks()):
+        assert 0 in ticks and 3 <= len(ticks) <= 7 and list(ticks) == sorted(ticks)
+    assert ax.get_xscale() == ax.get_yscale() == "symlog"
+    plt.close()

@@ -400,7 +400,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
     }  # fmt: skip
     elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys()
-    elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants"}
+    elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants", "alternatives"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
     changed |= dict.fromkeys(elsewhere)
 

@@ -307,17 +307,24 @@ def ledger(findings: Iterable[Finding]) -> dict[str, str]:
     return {claim: verdict(f for f in findings if f.rule.claim == claim) for claim in CLAIMS}
 
 
-# Settings of the sensitivity table: what is changed, one at a time.
-ALTERNATIVES: dict[str, Callable[[Parameters], dict]] = {
-    "other seeds": lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]},
-    "beta x 3": lambda p: {"beta": 3 * p.beta},
-    "KL coefficient x 4": lambda p: {"kl_coefficient": 4 * p.kl_coefficient, "learned_kl": 4 * p.learned_kl},
-    "learning rates x 3": lambda p: {"lr": 3 * p.lr, "ppo_lr": 3 * p.ppo_lr},
-    "more wrong labels": lambda p: {"label_noise": min(0.5, p.label_noise + 0.2)},
-    "half the width": lambda p: {"width": p.width // 2},
-    "D' sampled": lambda p: {"target_decoding": "sampled"},
-    "D' on training prompts": lambda p: {"target_prompts": "train"},
-    "D' mean over tokens": lambda p: {"target_reduction": "mean"},
+def _world(p: Parameters, changed: dict) -> dict:
+    """What is changed in the world and changes nothing in a file."""
+    return changed if p.dataset == "world" else {}
+
+
+# Settings of the sensitivity table, one change at a time: how it is called, and what is changed.
+ALTERNATIVES: dict[str, tuple[str, Callable[[Parameters], dict]]] = {
+    "probe": ("smaller probe", lambda p: {k: p.choice_probe for k in ("probe", "ppo_probe")}),
+    "seeds": ("other seeds", lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]}),
+    "beta": ("beta x 3", lambda p: {"beta": 3 * p.beta}),
+    "kl": ("KL coefficient x 4", lambda p: {k: 4 * getattr(p, k) for k in ("kl_coefficient", "learned_kl")}),
+    "lr": ("DPO's learning rate x 3", lambda p: {"lr": 3 * p.lr}),
+    "ppo_lr": ("PPO's learning rate x 3", lambda p: {"ppo_lr": 3 * p.ppo_lr}),
+    "noise": ("more wrong labels", lambda p: _world(p, {"label_noise": min(0.5, p.label_noise + 0.2)})),
+    "width": ("half the width", lambda p: {"width": p.width // 2} if p.model == "scratch" else {}),
+    "decoding": ("D' sampled", lambda p: {"target_decoding": "sampled"}),
+    "prompts": ("D' on training prompts", lambda p: {"target_prompts": "train"}),
+    "reduction": ("D' mean over tokens", lambda p: {"target_reduction": "mean"}),
 }
 
 
@@ -325,11 +332,11 @@ def alternative(p: Parameters, name: str) -> Parameters:
     """The parameters with one setting changed. Raises ValueError for another name than one of ALTERNATIVES."""
     if name not in ALTERNATIVES:
         raise ValueError(f"alternative {name!r}: there is none; there are: {', '.join(ALTERNATIVES)}")
-    return p.model_copy(update=ALTERNATIVES[name](p))
+    return p.model_copy(update=ALTERNATIVES[name][1](p))
 
 
 def _smaller_probe(p: Parameters) -> Parameters:
-    return p.model_copy(update={"probe": p.choice_probe, "ppo_probe": p.choice_probe})
+    return alternative(p, "probe")
 
 
 def sensitivity_runs(p: Parameters, name: str) -> list:

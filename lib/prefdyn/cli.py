@@ -12,8 +12,8 @@ import papermill
 import typer
 from nbclient.exceptions import DeadKernelError
 
-from . import page, params
-from .runs import RunStore, project_root
+from . import page, params, reference
+from .runs import RunStore, project_root, versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
 runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
@@ -142,6 +142,57 @@ def execute(
     typer.echo(f"executed: {os.path.relpath(target)}")
 
 
+def _reference_paths(profile: str) -> tuple[Path, Path]:
+    """The file of reference results of a profile, and the folder of the numbers that executed chapters leave."""
+    root = project_root()
+    return root / "data" / "reference" / f"{profile}.json", root / "book" / "_values"
+
+
+def _edition(folder: Path) -> str:
+    """The profile of the executed chapters. Raises CommandError if they differ in it, or there are none."""
+    known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    profiles = {values["profile"]["value"] for values in known.values() if "profile" in values}
+    if len(profiles) != 1:
+        there = ", ".join(sorted(profiles)) or "none is executed"
+        raise CommandError(
+            f"all chapters have to be of one profile ({there}); `make book PROFILE=reader` executes them"
+        )
+    return profiles.pop()
+
+
+@app.command("reference")
+def write_reference() -> None:
+    """Write the numbers of the executed chapters, with their seeds, as reference results of their profile."""
+    profile = _edition(_reference_paths("")[1])
+    path, values = _reference_paths(profile)
+    numbers = reference.collect(values)
+    known = {"profile": profile, "versions": versions(), "numbers": numbers}
+    _replace(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    typer.echo(f"{len(numbers)} numbers written to {os.path.relpath(path)}")
+
+
+@app.command()
+def verify(
+    profile: Annotated[str, typer.Option(help="whose reference results to compare with")] = "reader",
+) -> None:
+    """Compare the numbers of the executed chapters with the reference results; exits 1 and names those that differ."""
+    path, values = _reference_paths(profile)
+    known = reference.read(path)
+    found = _edition(values)
+    if found != profile:
+        raise CommandError(f"the executed chapters are of profile {found!r}, the reference of {profile!r}")
+    table = reference.compare(known["numbers"], reference.collect(values))
+    for row in table[~table["status"].isin(reference.AGREES)].itertuples():
+        numbers = f"reference {row.reference:.6g}, now {row.now:.6g}, tolerance {row.tolerance:.2g}"
+        typer.echo(f"{row.status:9} {row.number}: {numbers}")
+    counts = table["status"].value_counts()
+    typer.echo(f"of {len(table)} numbers: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+    if different := {k: v for k, v in versions().items() if known["versions"].get(k) != v}:
+        typer.echo(f"versions differ from the reference's: {', '.join(f'{k} {v}' for k, v in different.items())}")
+    if not table["status"].isin(reference.AGREES).all():
+        raise typer.Exit(1)
+
+
 @runs_app.command("list")
 def list_runs() -> None:
     """List finished runs, the oldest first."""
@@ -175,6 +226,6 @@ def main() -> None:
     """Run the command line; what the user can mend is said in a line, without a traceback."""
     try:
         app()
-    except (CommandError, params.ParameterError, KeyError) as error:
+    except (CommandError, params.ParameterError, reference.ReferenceError, KeyError) as error:
         typer.secho(error.args[0], fg="red", err=True)
         sys.exit(2)

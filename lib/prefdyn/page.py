@@ -10,7 +10,7 @@ import io
 import json
 import string
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,6 +43,8 @@ def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
 def say(text: str, **values: Any) -> None:
     """Display Markdown in which {name} stands for a computed value; the values are kept for other pages as shown here.
 
+    Of an `Estimate` the values behind it are kept too, for the comparison with reference results.
+
     A value is a number, an `Estimate` or a text of our own (texts from data belong in `texts`); formats are those of
     `str.format`, e.g. {gain:+.1f}.
     """
@@ -53,6 +55,8 @@ def say(text: str, **values: Any) -> None:
         number = number.item() if isinstance(number, np.generic) else number
         plain = number if isinstance(number, int | float | str) else str(number)
         kept[name] = {"value": plain, "text": format(value, formats.get(name, ""))}
+        if isinstance(value, Estimate) and value.values:
+            kept[name]["seeds"] = list(value.values)
     shown = text.format(**values)
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
 
@@ -68,13 +72,28 @@ def table(frame: pd.DataFrame, digits: int = 2) -> None:
     display({"text/html": shown, "text/plain": frame.to_string(index=False)}, raw=True)
 
 
+class Link(NamedTuple):
+    """A text that leads to a place in the book, e.g. "02-targets.html#fig-g", in a table of `texts`."""
+
+    text: str
+    to: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _cell(value: Any) -> str:
+    """HTML of a table's cell: everything escaped, links leading where they say."""
+    if isinstance(value, Link):
+        return f'<a href="{html.escape(value.to, quote=True)}">{html.escape(value.text)}</a>'
+    return html.escape(str(value))
+
+
 def texts(rows: Iterable[dict[str, Any]]) -> None:
     """Display rows of named texts (prompts, replies) as a table whose columns wrap; everything is escaped."""
     rows = list(rows)
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
     plain = "\n".join(" | ".join(map(str, row.values())) for row in rows)
     display(
         {

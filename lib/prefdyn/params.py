@@ -21,6 +21,9 @@ class ParameterError(ValueError):
 Variant = Literal[
     "shift", "switch", "reverse", "scaled", "decay", "early", "late", "without-top", "without-bottom", "heavy-top"
 ]
+Alternative = Literal[
+    "probe", "seeds", "beta", "kl", "lr", "ppo_lr", "noise", "width", "decoding", "prompts", "reduction"
+]
 Schedule = list[tuple[int, float]]
 SCHEDULES = ("dpo_positive", "dpo_negative", "ppo_positive", "ppo_negative")
 
@@ -89,6 +92,7 @@ class Parameters(BaseModel):
     dpo_negative: Schedule = Field(description="a free schedule of DPO's negative learning: factors at updates")
     ppo_positive: Schedule = Field(description="a free schedule of PPO's positive learning: factors at iterations")
     ppo_negative: Schedule = Field(description="a free schedule of PPO's negative learning: factors at iterations")
+    alternatives: list[Alternative] = Field(description="settings of the ledger's sensitivity table to compute")
     target_responses: Literal["final", "chosen", "unrelated"] = Field(
         description="D': the final policy's answers, chosen responses of check pairs, or answers to other prompts"
     )
@@ -111,9 +115,9 @@ class Parameters(BaseModel):
             raise ValueError("no negative seed")
         return value
 
-    @field_validator("variants", mode="before")
+    @field_validator("variants", "alternatives", mode="before")
     @classmethod
-    def _variants(cls, value: Any) -> Any:
+    def _names(cls, value: Any) -> Any:
         """Accept "shift,switch", which a command line can give, for ["shift", "switch"]."""
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
@@ -168,6 +172,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 128,
         "ppo_probe": 128,
         "choice_probe": 128,
+        "alternatives": ["seeds", "beta"],
     },
     "reader": {
         "seeds": [0, 1, 2],
@@ -186,7 +191,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2.0,
         "long_epochs": 7.0,
         "batch": 32,
-        "iterations": 36,
+        "iterations": 30,
         "rollouts": 64,
         "ppo_batch": 32,
         "ppo_lr": 3e-4,
@@ -198,6 +203,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 1024,
         "ppo_probe": 512,
         "choice_probe": 512,
+        "alternatives": ["probe", "seeds", "beta", "kl", "lr", "noise", "width", "prompts"],
     },
     # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
     # batch and passes are those that arXiv 2512.00778 (v2) states.
@@ -232,6 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 2048,
         "ppo_probe": 1024,
         "choice_probe": 1024,
+        "alternatives": [],
         "max_prompt": 512,
         "max_response": 512,
         "micro_batch": 16,

@@ -83,7 +83,7 @@ def policy_spec(p: Parameters) -> PolicySpec:
 
 def sft_run(p: Parameters, seed: int) -> SFTRun:
     """Supervised fine-tuning, from which everything else starts."""
-    spec = data_spec(p, seed).for_sft()
+    spec = data_spec(p, seed).without_labels()
     demonstrations = len(dataset(spec).demonstrations)  # a file may hold fewer than were asked for
     if p.sft_steps and p.sft_batch > demonstrations:
         raise ParameterError(
@@ -174,6 +174,8 @@ def ppo_run(
             f"ppo_batch: given {p.ppo_batch} (int), more than rollouts={p.rollouts}; allowed: 1 to {p.rollouts}"
         )
     data = data_spec(p, seed)
+    if reward == "true":
+        data = data.without_labels()
     prompts = len(dataset(data).prompts["train"])
     if p.rollouts > prompts:
         raise ParameterError(

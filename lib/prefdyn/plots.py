@@ -1,10 +1,12 @@
 """The book's figures: one style, seeds as thin lines, their mean with its interval on top."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from .stats import over_seeds
 
@@ -79,6 +81,19 @@ def compare(
         raise ValueError(f"compare: no {by} {sorted(missing)} in the table; there are {sorted(set(table[by]))}")
     for name, colour in colours.items():
         over_training(ax, table[table[by] == name], y, colour=colour, label=name, x=x, dash=dash)
+
+
+def signed_log(ax: Axes, axis: str, values: pd.Series) -> None:
+    """A scale for `values` of either sign and many sizes on `axis` ("x" or "y"): logarithmic away from 0, few ticks."""
+    size = values.abs()[values != 0]
+    top = float(np.floor(np.log10(size.max())))
+    bottom = max(float(np.floor(np.log10(size.quantile(0.2)))), top - 4)
+    getattr(ax, f"set_{axis}scale")("symlog", linthresh=10**bottom, linscale=0.5)
+    powers = np.unique(np.linspace(bottom, top, 3).round())
+    ticks = [*(-(10**powers)), 0, *(10**powers)]
+    limits = values.min(), values.max()
+    getattr(ax, f"{axis}axis").set_ticks(sorted(t for t in ticks if limits[0] <= t <= limits[1] or t == 0))
+    getattr(ax, f"{axis}axis").set_minor_locator(NullLocator())
 
 
 def zero_line(ax: Axes, at: float = 0.0) -> None:

@@ -47,8 +47,8 @@ class DataSpec(Spec):
     max_response: int  # tokens
     vocab_size: int  # of the byte-pair tokenizer trained on a file
 
-    def for_sft(self) -> "DataSpec":
-        """The same without what supervised fine-tuning does not read, so that its run is shared."""
+    def without_labels(self) -> "DataSpec":
+        """The same for runs that read no label (SFT, PPO with the true reward), so that they are shared."""
         return self.model_copy(update={"label_noise": 0.0})
 
     @field_serializer("path")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -11,12 +11,18 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval and the number of independent values behind it; prints as "0.63 [0.60, 0.66]"."""
+    """A mean with its interval and the number of independent values behind it; prints as "0.63 [0.60, 0.66]".
+
+    values: the independent values themselves, one a seed; prompts: how many prompts each seed answered, 0 where the
+    values do not come from prompts. Two estimates are equal if mean, interval and n are.
+    """
 
     mean: float
     low: float
     high: float
     n: int
+    values: tuple[float, ...] = field(default=(), compare=False)
+    prompts: int = field(default=0, compare=False)
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
@@ -43,22 +49,39 @@ def comparison(difference: Estimate) -> str:
     return "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not clearly different"
 
 
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
+def require_columns(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    """Raise ValueError that names the columns which `table` lacks and those that it has."""
+    if missing := [str(column) for column in columns if column not in table.columns]:
+        have = ", ".join(map(str, table.columns)) or "none"
+        raise ValueError(f"the table has no column {', '.join(missing)}; there are: {have}")
+
+
+def require_within(values: np.ndarray, within: tuple[float, float] | None) -> None:
+    """Raise ValueError that names the first of `values` outside of `within` = (lowest, highest); NaN is let through."""
+    if within is not None and (outside := values[(values < within[0]) | (values > within[1])]).size:
+        raise ValueError(f"the value {outside[0]:g} is outside of what is possible, {within[0]:g} to {within[1]:g}")
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95, within: tuple[float, float] | None = None) -> Estimate:
     """Mean of independent values (one a seed) with Student's t interval; no interval from fewer than two.
 
-    Raises ValueError if there is no value.
+    Args: within, the lowest and highest possible value, (0, 1) for shares: the interval is cut there. Raises
+    ValueError if there is no value, or one outside of `within`.
     """
     x = np.asarray(values, float)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"mean_interval: a list of at least one value is needed, given shape {x.shape}")
+    require_within(x, within)
     if x.size == 1:
-        return Estimate(float(x[0]), math.nan, math.nan, 1)
+        return Estimate(float(x[0]), math.nan, math.nan, 1, values=tuple(x.tolist()))
     half = stats.t.ppf((1 + level) / 2, x.size - 1) * stats.sem(x)
-    return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), int(x.size))
+    low, high = np.clip([x.mean() - half, x.mean() + half], *(within or (-math.inf, math.inf)))
+    return Estimate(float(x.mean()), float(low), float(high), int(x.size), values=tuple(x.tolist()))
 
 
 def over_seeds(table: pd.DataFrame, by: str | list[str], value: str) -> pd.DataFrame:
     """Mean and interval over seeds of `value` within each group of `by`: columns mean, low, high, n."""
+    require_columns(table, [*([by] if isinstance(by, str) else by), value])
     groups = table.groupby(by)[value].apply(lambda x: mean_interval(x.to_numpy()))
     return pd.DataFrame(
         [{"mean": e.mean, "low": e.low, "high": e.high, "n": e.n} for e in groups], index=groups.index
@@ -67,6 +90,7 @@ def over_seeds(table: pd.DataFrame, by: str | list[str], value: str) -> pd.DataF
 
 def differences(table: pd.DataFrame, by: str, first: str, second: str, columns: list[str]) -> dict[str, Estimate]:
     """`first` minus `second` (values of the column `by`) for each of `columns`, paired by seed: mean and interval."""
+    require_columns(table, ["seed", by, *columns])
     one, other = (table[table[by] == name].set_index("seed")[columns] for name in (first, second))
     return {name: mean_interval((one - other)[name].to_numpy()) for name in columns}
 
@@ -78,6 +102,7 @@ def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: s
     linear interpolation, at the largest `x` that both reach; where `x` falls back in between, its largest value so
     far counts.
     """
+    require_columns(table, ["seed", "step", by, x, y])
     gaps = []
     for _, one in table.groupby("seed"):
         paths = [one[one[by] == name].sort_values("step").reset_index(drop=True) for name in (first, second)]
@@ -86,6 +111,28 @@ def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: s
         ends = [np.interp(far, np.maximum.accumulate(up[x]), up[y]) for up in ups]
         gaps.append(ends[0] - ends[1])
     return mean_interval(gaps)
+
+
+def steps_to(table: pd.DataFrame, by: str, value: str, goal: float) -> pd.Series:
+    """Where each seed's `value` first reaches `goal` from below: the efficiency of a training run, in units of `by`.
+
+    Args: table, with the columns seed, `by` (steps, say) and `value`, a row a checkpoint, in any order. Between the
+    last checkpoint below the goal and the first at or above it, the place is interpolated linearly; a checkpoint
+    whose value is unknown is left out. Returns a Series by seed, NaN where the goal is never reached. Raises
+    ValueError for a missing column, or where a seed has two rows of one checkpoint.
+    """
+    require_columns(table, ["seed", by, value])
+    if (twice := table.duplicated(["seed", by])).any():
+        seed, at = table.loc[twice, ["seed", by]].iloc[0]
+        raise ValueError(f"steps_to: seed {seed} has more than one row with {by} = {at}")
+    found = {}
+    for seed, one in table.sort_values(by).groupby("seed"):
+        known = one.dropna(subset=value)
+        x, y = known[by].to_numpy(float), known[value].to_numpy(float)
+        reached = np.flatnonzero(y >= goal)[:1]
+        around = [max(i + j, 0) for i in reached for j in (-1, 0)]
+        found[seed] = float(np.interp(goal, y[around], x[around])) if around else math.nan
+    return pd.Series(found, name=by, dtype=float).rename_axis("seed")
 
 
 def judge(found: Estimate, predicted: str, at: float = 0.0) -> str:
@@ -149,6 +196,7 @@ def subsample_sureness(sequences: pd.DataFrame, n: int, draws: int = 40, level: 
     `draws` subsets of `n` examples are drawn without replacement; one is sure if its normal interval excludes 0 on the
     side of the sum over all. Raises ValueError if `n` is below 2 or above the number of examples.
     """
+    require_columns(sequences, ["step", "example", "full"])
     wide = sequences.pivot(index="step", columns="example", values="full").to_numpy()
     if not 2 <= n <= wide.shape[1]:
         raise ValueError(f"subsample_sureness: n={n} must be between 2 and the {wide.shape[1]} examples")

@@ -1,0 +1,323 @@
+"""The ledger: planted effects flip verdicts as the rules say, missing runs are "not run", nothing is computed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from prefdyn import claims, controls, evidence, plan
+from prefdyn.claims import RULES, Finding, apply_rule, apply_rules, ledger, verdict
+from prefdyn.params import check
+from prefdyn.runs import RunStore
+
+SEEDS, STEPS = (0, 1, 2), (0, 2, 5, 9, 14)
+JITTER = {0: -0.01, 1: 0.0, 2: 0.01}  # so that intervals have a width
+
+
+def alignment(g: float = 1.0, g_opt: float = 1.0, negative: float = 0.5) -> pd.DataFrame:
+    """G of a whole and its halves, whose sizes are 1 - negative and negative."""
+    parts = {"full": (g, g_opt), "positive": (1 - negative, 1.0), "negative": (-negative, -1.0)}
+    return pd.DataFrame(
+        {
+            "seed": s,
+            "step": t,
+            "component": c,
+            "g": raw + JITTER[s] * (raw > 0) / 10,
+            "se": 0.1,
+            "g_opt": opt,
+            "se_opt": 0.1,
+        }
+        for s in SEEDS
+        for t in STEPS
+        for c, (raw, opt) in parts.items()
+    )
+
+
+def choices(above: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"seed": s, "step": t, "choice": c, "cosine": cosine + JITTER[s] * (above > 0)}
+        for s in SEEDS
+        for t in STEPS
+        for c, cosine in (("as declared", above), ("responses: unrelated", 0.0))
+    )
+
+
+def by_seed(**columns: float) -> pd.DataFrame:
+    """A row a seed with these values, a little different from seed to seed."""
+    return pd.DataFrame(
+        {"seed": s} | {k: v + JITTER[s] * (1 + i) for i, (k, v) in enumerate(columns.items())} for s in SEEDS
+    )
+
+
+def curve(column: str, change: float) -> pd.DataFrame:
+    return pd.DataFrame({"seed": s, "step": t, column: change * t / 14 + JITTER[s] * t} for s in SEEDS for t in STEPS)
+
+
+def replies(same: dict[str, float]) -> pd.DataFrame:
+    """Final replies of 100 prompts, of which a share is the whole's in each half."""
+    return pd.DataFrame(
+        {"label": c, "seed": s, "index": i, "step": t, "reply": "yes" if i < 100 * share + s else f"no {c}"}
+        for c, share in ({"full": 1.0} | same).items()
+        for s in SEEDS
+        for i in range(100)
+        for t in (0, 9)
+    )
+
+
+def labelled(name: str, differences: dict[str, float], first: str, second: str) -> pd.DataFrame:
+    """Two labels in the column `name` whose values differ by so much."""
+    return pd.concat(
+        [
+            by_seed(**differences).assign(**{name: first}),
+            by_seed(**dict.fromkeys(differences, 0.0)).assign(**{name: second}) * 1,
+        ]
+    ).assign(**{k: lambda t, k=k: t[k] + 0.001 * t["seed"] * (t[name] == first) for k in differences})
+
+
+def variety(entropy: float, coverage: float) -> pd.DataFrame:
+    """Two paths with rewards 0 to 4, on one of which more entropy and coverage is left."""
+    return pd.DataFrame(
+        {
+            "label": c,
+            "seed": s,
+            "step": t,
+            "reward": float(t),
+            "entropy": 9.0 - t + more * (entropy + JITTER[s]),
+            "coverage": 0.5 + more * (coverage + JITTER[s] / 10),
+        }
+        for c, more in (("full", 1), ("positive", 0), ("negative", 0))
+        for s in SEEDS
+        for t in range(5)
+    )
+
+
+def gains(final: float, way: float = 0.0, noise: float = 0.05) -> pd.DataFrame:
+    """Rewards of 40 prompts: one variant's last replies are better by `final`, those on the way by `way`."""
+    rng = np.random.default_rng(0)
+    steps = (0, 5, 10)
+    effect = {"plain": (0, 0, 0), "a": (0, way, final), "b": (0, 0, 0)}
+    return pd.DataFrame(
+        {"variant": v, "seed": s, "index": i, "step": t, "reward": 3 + e + noise * rng.normal()}
+        for v, sizes in effect.items()
+        for s in SEEDS
+        for i in range(40)
+        for t, e in zip(steps, sizes, strict=True)
+    )
+
+
+# What a rule must find as predicted, and what it must find against the prediction.
+PLANTED = {
+    "C1a": (alignment(g=1), alignment(g=-1)),
+    "C1b": (alignment(g_opt=1), alignment(g_opt=-1)),
+    "C1c": (choices(0.5), choices(-0.5)),
+    "C2a": (by_seed(dpo=0.9, ppo=0.3), by_seed(dpo=0.3, ppo=0.9)),
+    "C2b": (curve("reward_sampled", 2), curve("reward_sampled", -2)),
+    "C2c": (curve("entropy", -2), curve("entropy", 2)),
+    "C3a": (alignment(negative=0.5), alignment(negative=0.02)),
+    "C3b": (alignment(negative=0.5), alignment(negative=0.98)),
+    "C3c": (replies({"positive": 0.2, "negative": 1.0}), replies({"positive": 0.97, "negative": 0.0})),
+    "C3d": (replies({"positive": 1.0, "negative": 0.2}), replies({"positive": 0.0, "negative": 0.97})),
+    "C4a": (by_seed(correlation=-0.7), by_seed(correlation=0.3)),
+    "C4b": (by_seed(auc_worse=0.9), by_seed(auc_worse=0.3)),
+    "C4c": (
+        labelled("label", {"reward_sampled": 1.0}, "full", "uniform"),
+        labelled("label", {"reward_sampled": -1.0}, "full", "uniform"),
+    ),
+    "C4d": (
+        labelled("label", {"overfit": -0.1}, "full", "uniform"),
+        labelled("label", {"overfit": 0.1}, "full", "uniform"),
+    ),
+    "C5a": (alignment(negative=0.2), alignment(negative=0.7)),
+    "C5b": (variety(1.0, 0.0), variety(-1.0, 0.0)),
+    "C5c": (variety(0.0, 0.1), variety(0.0, -0.1)),
+    "C6a": (labelled("third", {"g": 1.0}, "top", "bottom"), labelled("third", {"g": -1.0}, "top", "bottom")),
+    "C6b": (
+        labelled("third", {"direction": 1.0}, "top", "bottom"),
+        labelled("third", {"direction": -1.0}, "top", "bottom"),
+    ),
+    "C7a": (gains(1.0), gains(0.0)),
+    "C7b": (gains(-1.0), gains(0.05)),
+    "C7c": (gains(0.0, way=1.0), gains(0.3, way=-0.1)),
+    "C7d": (gains(0.0, way=-1.0), gains(0.0)),
+}
+UNDECIDED = {
+    "C1a": alignment().assign(g=lambda t: np.where(t["seed"] == 0, -1.0, 1.0)),
+    "C2a": by_seed(dpo=0.5, ppo=0.501),
+    "C4a": pd.DataFrame({"seed": SEEDS, "correlation": [-0.5, 0.4, 0.1]}),
+    "C7a": gains(0.2, noise=0.5),
+    "C7d": gains(0.0, way=0.3, noise=1.5),
+}
+
+
+def rule(name: str) -> claims.Rule:
+    (found,) = [r for r in RULES if r.name == name]
+    return found
+
+
+def test_every_rule_has_its_effects_planted_and_a_claim():
+    assert [r.name for r in RULES] == list(PLANTED)
+    assert {r.claim for r in RULES} == set(claims.CLAIMS) and all(r.name.startswith(r.claim) for r in RULES)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_effects_flip_the_verdict(name):
+    good, bad = (apply_rule(rule(name), table) for table in PLANTED[name])
+    assert good.verdict == "as predicted", good
+    assert bad.verdict == "against the prediction", bad
+    assert good.found.n == bad.found.n == 3
+
+
+@pytest.mark.parametrize("name", UNDECIDED)
+def test_intervals_that_hold_the_threshold_decide_nothing(name):
+    found = apply_rule(rule(name), UNDECIDED[name])
+    assert found.verdict == "undecided" and found.found.low <= rule(name).threshold <= found.found.high
+
+
+def test_measures_by_hand():
+    """Share of negatives 0.3 / (0.3 + 0.7); agreement 20, 21 and 22 of 100; the largest effect is that of variant a."""
+    assert apply_rule(rule("C3a"), alignment(negative=0.3)).found.mean == pytest.approx(0.3, abs=1e-3)
+    assert apply_rule(rule("C3c"), PLANTED["C3c"][0]).found.mean == pytest.approx(0.21)
+    assert apply_rule(rule("C7b"), gains(-1.0)).found.mean == pytest.approx(1.0, abs=0.03)
+    # trapezoids over steps 0, 5, 10: the effect half-way counts half
+    assert apply_rule(rule("C7c"), gains(0.0, way=1.0)).found.mean == pytest.approx(0.5, abs=0.03)
+
+
+def finding(*words: str) -> list[Finding]:
+    return [Finding(RULES[0], None, word) for word in words]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["as predicted", "as predicted"], "supported"),
+        (["as predicted", "undecided"], "partly"),
+        (["as predicted", "against the prediction"], "partly"),
+        (["against the prediction", "undecided"], "not supported"),
+        (["undecided", "undecided"], "inconclusive"),
+        (["as predicted", "not run"], "not run"),
+        (["against the prediction", "not run"], "not run"),
+        ([], "not run"),
+    ],
+)
+def test_verdicts_on_claims_by_hand(words, expected):
+    assert verdict(finding(*words)) == expected and expected in claims.VERDICTS
+
+
+def test_a_rule_that_refers_to_a_missing_column_is_named_with_what_there_is():
+    table = alignment().drop(columns="g_opt")
+    with pytest.raises(
+        ValueError, match=r"rule C1b: its table 'G of DPO' has no column g_opt; there are: seed, step, "
+    ):
+        apply_rule(rule("C1b"), table)
+
+
+def test_a_rule_that_refers_to_a_missing_table_is_named_with_what_there_is(tmp_path):
+    lost = replace(rule("C1a"), table="G of GRPO")
+    with pytest.raises(ValueError, match="rule C1a: there is no table 'G of GRPO'; there are: G of DPO, G of PPO"):
+        apply_rules(RunStore(tmp_path), check({"profile": "smoke"}), [lost])
+    assert {r.table for r in RULES} <= set(evidence.TABLES)
+
+
+def test_what_is_not_known_is_not_judged():
+    unknown = curve("reward_sampled", float("nan"))
+    assert apply_rule(rule("C2b"), unknown).verdict == "not run"
+    assert "not known" in apply_rule(rule("C2b"), unknown).reason
+
+
+SMALL = {
+    "profile": "smoke",
+    "seeds": [0, 1],
+    "pairs": 24,
+    "check": 16,
+    "demonstrations": 64,
+    "validation": 8,
+    "held_out": 12,
+    "width": 16,
+    "sft_steps": 20,
+    "batch": 8,
+    "epochs": 1.0,
+    "checkpoints": 3,
+    "probe": 16,
+    "ppo_probe": 12,
+    "choice_probe": 12,
+    "iterations": 2,
+    "rollouts": 10,
+    "ppo_batch": 5,
+}
+P = check(SMALL)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> RunStore:
+    """What C3 needs, and nothing else."""
+    store = RunStore(tmp_path_factory.mktemp("runs"))
+    halves = [plan.dpo_run(P, s, c) for s in P.seeds for c in ("full", "positive", "negative")]
+    store.ensure([*halves, *evidence.measured(P, "dpo").values()], workers=1)
+    return store
+
+
+def test_an_empty_store_judges_nothing_and_computes_nothing(tmp_path):
+    store = RunStore(tmp_path)
+    findings = apply_rules(store, P)
+    assert set(ledger(findings).values()) == {"not run"} and len(findings) == len(RULES)
+    assert all("missing" in f.reason and f.found is None for f in findings)
+    assert store.list() == []
+
+
+def test_claims_whose_runs_are_there_are_judged_and_no_others(store):
+    verdicts = ledger(apply_rules(store, P))
+    assert verdicts["C3"] != "not run" and {c for c, v in verdicts.items() if v != "not run"} == {"C3"}
+
+
+def test_removing_a_run_turns_its_claims_into_not_run(store, tmp_path):
+    import shutil
+
+    copy = tmp_path / "runs"
+    shutil.copytree(store.root, copy)
+    fewer = RunStore(copy)
+    before = {f.rule.name: f.verdict for f in apply_rules(fewer, P)}
+    fewer.remove(fewer.key(plan.dpo_run(P, 1, "negative")))
+    findings = {f.rule.name: f for f in apply_rules(RunStore(copy), P)}
+    assert ledger(findings.values())["C3"] == "not run"
+    assert findings["C3c"].verdict == findings["C3d"].verdict == "not run" != before["C3c"]
+    assert findings["C3c"].reason == "1 of 6 runs are missing, the first: negative, seed 1"
+    assert findings["C3a"].verdict == before["C3a"] != "not run"  # the measurement is still there
+
+
+def test_other_parameters_find_no_runs_of_these(store):
+    assert ledger(apply_rules(store, P.model_copy(update={"beta": 0.7})))["C3"] == "not run"
+
+
+def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
+    """beta changes DPO alone: two measurements; the rules on halves need more training and stay unjudged."""
+    specs = claims.sensitivity_runs(P, "beta")
+    assert [s.run for s in specs] == [plan.dpo_run(P.model_copy(update={"beta": 0.3}), s) for s in P.seeds] or [
+        s.run.beta for s in specs
+    ] == pytest.approx([0.3, 0.3])
+    assert all(s.size == P.choice_probe for s in specs)
+    assert all(f.verdict == "not run" for f in claims.sensitivity(store, P, "beta"))
+    store.ensure(specs, workers=1)
+    found = {f.rule.name: f.verdict for f in claims.sensitivity(store, P, "beta")}
+    assert {n for n, v in found.items() if v != "not run"} == {"C1a", "C1b", "C3a", "C3b", "C4a", "C4b"}
+
+
+def test_alternatives_change_one_setting_each():
+    for name, (label, _) in claims.ALTERNATIVES.items():
+        changed = claims.alternative(P, name)
+        given = {k for k, v in changed.model_dump().items() if getattr(P, k) != v}
+        assert given and len(given) <= 2, name
+        assert check(changed.model_dump()) == changed and label
+    methods = {name: {s.run.kind for s in claims.sensitivity_runs(P, name)} for name in claims.ALTERNATIVES}
+    both = {"dpo", "ppo"}
+    assert methods == {
+        "probe": {"dpo"}, "seeds": both, "beta": {"dpo"}, "kl": {"ppo"}, "lr": {"dpo"}, "ppo_lr": {"ppo"},
+        "noise": {"dpo"}, "width": both, "decoding": both, "prompts": both, "reduction": both,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="alternative 'weather': there is none; there are: probe, seeds, beta"):
+        claims.alternative(P, "weather")
+
+
+def test_variants_are_found_beside_their_plain_method():
+    runs = evidence.variant_runs(P, "ppo")
+    assert {s for _, s in runs} == {0, 1} and len(runs) == 2 * 8
+    assert runs["plain", 0] == plan.ppo_run(P, 0) and runs["plain", 0].control == controls.FULL

@@ -1,0 +1,94 @@
+"""Reference results: what agrees, what differs, what was edited, by name."""
+
+import json
+import math
+
+import pytest
+from prefdyn import reference
+from prefdyn.reference import ReferenceError, collect, compare, read, tolerance
+
+SEEDS = [1.0, 2.0, 3.0]
+HALF = 4.302652729911275 / math.sqrt(3)  # the 97.5% quantile of t with 2 degrees, times the standard error of 1, 2, 3
+
+
+def write(folder, chapter: str, **values) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{chapter}.json").write_text(json.dumps(values))
+
+
+def test_numbers_over_seeds_are_collected_and_nothing_else(tmp_path):
+    write(
+        tmp_path / "v", "02-targets",
+        gain={"value": 2.0, "text": "2", "seeds": SEEDS}, profile={"value": "reader", "text": "reader"},
+        one={"value": 1.0, "text": "1", "seeds": [1.0]}, odd={"value": 1.0, "text": "1", "seeds": [1.0, math.nan]},
+    )  # fmt: skip
+    write(tmp_path / "v", "03-halves", gain={"value": 5.0, "text": "5", "seeds": [4.0, 6.0]})
+    assert collect(tmp_path / "v") == {
+        "02-targets:gain": {"value": 2.0, "seeds": SEEDS},
+        "03-halves:gain": {"value": 5.0, "seeds": [4.0, 6.0]},
+    }
+    with pytest.raises(ReferenceError, match="no executed chapter has left numbers"):
+        collect(tmp_path / "none")
+
+
+def test_the_tolerance_is_the_interval_of_the_seeds():
+    assert tolerance(SEEDS) == pytest.approx(HALF)
+    assert tolerance([2.0, 2.0]) == pytest.approx(2e-9)  # equal seeds: up to rounding
+
+
+def status(now: float | None, kept=None) -> str:
+    kept = kept or {"value": 2.0, "seeds": SEEDS}
+    (found,) = compare({"a:b": kept}, {} if now is None else {"a:b": {"value": now, "seeds": SEEDS}})["status"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        (2.0, "identical"),
+        (2.0 + 1e-12, "identical"),
+        (2.0 + 0.99 * HALF, "agrees"),
+        (2.0 - 0.99 * HALF, "agrees"),
+        (2.0 + 1.01 * HALF, "differs"),
+        (2.0 - 1.01 * HALF, "differs"),
+        (None, "missing"),
+    ],
+)
+def test_what_agrees_and_what_does_not(now, expected):
+    assert status(now) == expected
+
+
+@pytest.mark.parametrize("kept", [{"value": 2.01, "seeds": SEEDS}, {"value": 2.0, "seeds": [1.0, 2.0, 3.1]}])
+def test_an_edited_reference_is_noticed_even_within_the_tolerance(kept):
+    assert status(2.0, kept) == "edited" == status(None, kept)
+
+
+def test_a_new_number_is_no_fault():
+    assert compare({}, {"a:b": {"value": 1.0, "seeds": SEEDS}}).empty
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "reader.json holds no reference results"),
+        ("[]", "holds no reference results"),
+        ('{"numbers": {"a:b": {"value": 1}}}', "holds no reference results"),
+        ('{"numbers": {"a:b": {"value": 1, "seeds": [1]}}}', "a:b needs a value and at least two seeds"),
+        ('{"numbers": {"a:b": {"value": "x", "seeds": [1, 2]}}}', "a:b needs a value"),
+    ],
+)
+def test_what_is_no_reference_is_refused(tmp_path, text, said):
+    (tmp_path / "reader.json").write_text(text)
+    with pytest.raises(ReferenceError, match=said):
+        read(tmp_path / "reader.json")
+    with pytest.raises(ReferenceError, match=r"there are no reference results other\.json"):
+        read(tmp_path / "other.json")
+
+
+def test_the_book_has_reference_results_of_the_reader_profile():
+    from pathlib import Path
+
+    known = reference.read(Path(__file__).parents[1] / "data" / "reference" / "reader.json")
+    assert known["profile"] == "reader" and len(known["numbers"]) > 50
+    table = compare(known["numbers"], known["numbers"])
+    assert (table["status"] == "identical").all() and (table["tolerance"] > 0).mean() > 0.9
