@@ -54,7 +54,10 @@ def test_none_means_from_the_profile_and_values_override_it():
 
 def test_unknown_names_suggest_the_nearest():
     message = refused(betta=0.5)
-    assert "betta: no such parameter. Did you mean 'beta'?" in message and "There are: batch, beta" in message
+    assert (
+        "betta: no such parameter. Did you mean 'beta'?" in message
+        and "There are: alternatives, batch, beta" in message
+    )
     assert "Did you mean" not in refused(zzzzzzzz=1)
     with pytest.raises(ParameterError, match=r"lr: no such parameter.* There are: beta, profile"):
         check({"lr": 0.1}, known=["profile", "beta"])
@@ -228,10 +231,15 @@ def test_each_choice_of_targets_differs_in_what_it_is_named_after(declared, othe
 
 
 def test_supervised_fine_tuning_is_shared_between_label_noises(tmp_path):
-    """Everything that reads the pairs has a run of its own for each noise; demonstrations have no labels."""
+    """Everything that reads labels has a run of its own for each noise; demonstrations and true rewards have none."""
     store, noisy = RunStore(tmp_path), [check(SMALL | {"label_noise": noise}) for noise in (0.0, 0.2, 0.4)]
-    assert len({store.key(plan.sft_run(p, 0)) for p in noisy}) == 1
-    for made in (plan.dpo_run, plan.reward_run, plan.ppo_run, lambda p, seed: plan.dpo_run(p, seed).scored()):
+    for made in (plan.sft_run, plan.ppo_run):
+        assert len({store.key(made(p, 0)) for p in noisy}) == 1
+
+    def learned(p, seed):
+        return plan.ppo_run(p, seed, reward="learned")
+
+    for made in (plan.dpo_run, plan.reward_run, learned, lambda p, seed: plan.dpo_run(p, seed).scored()):
         runs = [made(p, 0) for p in noisy]
         assert len({store.key(run) for run in runs}) == 3
         assert [run.data.label_noise for run in runs] == [0.0, 0.2, 0.4] and len({run.sft for run in runs}) == 1
@@ -419,3 +427,10 @@ def test_a_checkpoint_must_be_able_to_read_what_it_is_given(tmp_path):
     assert plan.policy_spec(check(given | {"max_prompt": 24, "max_response": 28})).content
     with pytest.raises(ParameterError, match=r"max_prompt, max_response: given 25 and 28 .* at most 52"):
         plan.policy_spec(check(given | {"max_prompt": 25, "max_response": 28}))
+
+
+def test_the_command_of_a_chapter_names_what_differs_from_its_profile():
+    assert params.command(check({}), "02-targets") == "prefdyn execute 02-targets -p profile=reader"
+    p = check({"profile": "smoke", "beta": 0.3, "seeds": [4, 5], "dataset": "my pairs.jsonl"})
+    said = params.command(p, "05")
+    assert said == "prefdyn execute 05 -p profile=smoke -p 'dataset=my pairs.jsonl' -p 'seeds=[4, 5]' -p beta=0.3"

@@ -162,7 +162,7 @@ RULES = (
     Rule(
         "C4", "C4a", "omega does not follow the true gap in reward (rank correlation, unseen pairs)",
         "a reward signal would give more weight to clearer pairs",
-        "omega", ("seed", "correlation"), lambda t: stats.mean_interval(t["correlation"]), "below", 0.0,
+        "omega", ("seed", "correlation"), lambda t: stats.mean_interval(t["correlation"], within=(-1, 1)), "below", 0.0,
         "04-reweighting#fig-omega-signal",
     ),
     Rule(

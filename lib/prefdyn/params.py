@@ -7,6 +7,7 @@ which stops on a name that the cell does not have, on a wrong type and on a valu
 import ast
 import difflib
 import re
+import shlex
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -369,6 +370,14 @@ def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
     if result.sft_steps == 0 and result.model == "scratch":
         raise ParameterError("sft_steps: given 0 (int); a model from scratch has to learn first; allowed: 1 or more")
     return result
+
+
+def command(p: Parameters, chapter: str) -> str:
+    """The command that executes a chapter with these parameters: its profile, and what differs from its preset."""
+    preset = presets(p.profile, p.dataset)
+    changed = {name: value for name, value in p.model_dump().items() if value != preset.get(name, COMMON.get(name))}
+    given = {"profile": p.profile} | {name: value for name, value in changed.items() if name != "profile"}
+    return " ".join(["prefdyn execute", chapter, *(f"-p {shlex.quote(f'{k}={v}')}" for k, v in given.items())])
 
 
 def _literal_cell(source: str) -> dict[str, Any] | None:

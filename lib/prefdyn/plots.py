@@ -94,6 +94,8 @@ def signed_log(ax: Axes, axis: str, values: pd.Series) -> None:
     limits = values.min(), values.max()
     getattr(ax, f"{axis}axis").set_ticks(sorted(t for t in ticks if limits[0] <= t <= limits[1] or t == 0))
     getattr(ax, f"{axis}axis").set_minor_locator(NullLocator())
+    room = 10**bottom
+    getattr(ax, f"set_{axis}lim")(min(2 * limits[0], -room), max(2 * limits[1], room))
 
 
 def zero_line(ax: Axes, at: float = 0.0) -> None:
