@@ -3,7 +3,7 @@
 Pure functions over the tables of training runs, gathered over variants (column `variant`) and seeds (column `seed`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from .runs import Run
 from .stats import Estimate, require_columns
 
 PLAIN = "plain"  # the method as it is
+Measure = Callable[..., np.ndarray]  # `final` or `over_training`
 
 
 def unequal(run: Run, plain: Run) -> list[str]:
@@ -51,36 +52,48 @@ def require_equal(runs: Mapping[tuple[str, int], Run]) -> int:
     return len(pairs)
 
 
-def final(replies: pd.DataFrame, variant: str) -> np.ndarray:
-    """Rewards of a variant's final greedy replies, [seeds, prompts] in points."""
-    require_columns(replies, ["variant", "step", "seed", "index", "reward"])
+def _of_variant(replies: pd.DataFrame, variant: str, value: str) -> pd.DataFrame:
+    require_columns(replies, ["variant", "step", "seed", "index", value])
     own = replies[replies["variant"] == variant]
     if own.empty:
         raise ValueError(f"variant {variant!r}: not in the table; there are {sorted(set(replies['variant']))}")
-    return by_seed_and_prompt(own[own["step"] == own["step"].max()], "reward")
+    return own
 
 
-def over_training(replies: pd.DataFrame, variant: str) -> np.ndarray:
-    """Mean reward of a variant's greedy replies over training, [seeds, prompts] in points: the area below the curve.
+def final(replies: pd.DataFrame, variant: str, value: str = "reward") -> np.ndarray:
+    """Rewards of a variant's final replies, [seeds, prompts] in points.
 
-    The mean over steps follows the trapezoidal rule between checkpoints. It is large for what learns early.
+    value: "reward" of the greedy reply, or "sampled", that of a sampled one. Raises ValueError for a missing column or
+    variant.
     """
-    require_columns(replies, ["variant", "step", "seed", "index", "reward"])
-    own = replies[replies["variant"] == variant]
+    own = _of_variant(replies, variant, value)
+    return by_seed_and_prompt(own[own["step"] == own["step"].max()], value)
+
+
+def over_training(replies: pd.DataFrame, variant: str, value: str = "reward") -> np.ndarray:
+    """Mean reward of a variant's replies over training, [seeds, prompts] in points: the area below the curve.
+
+    The mean over steps follows the trapezoidal rule between checkpoints. It is large for what learns early. Arguments
+    as for `final`.
+    """
+    own = _of_variant(replies, variant, value)
     steps = np.sort(own["step"].unique())
-    curve = np.stack([by_seed_and_prompt(own[own["step"] == step], "reward") for step in steps])
+    curve = np.stack([by_seed_and_prompt(own[own["step"] == step], value) for step in steps])
     return np.trapezoid(curve, steps, axis=0) / (steps[-1] - steps[0])
 
 
-def compare(replies: pd.DataFrame, variants: Iterable[str], measure=final) -> pd.DataFrame:
+def compare(
+    replies: pd.DataFrame, variants: Iterable[str], measure: Measure = final, value: str = "reward"
+) -> pd.DataFrame:
     """Each variant against the plain method, paired by seed and prompt, with a correction for their number.
 
-    Args: measure, `final` or `over_training`. Returns a row a variant: variant, difference (Estimate, points),
-    effect (Cohen's d of the paired differences), win_rate (Estimate, ties half), p, adjusted (for all rows together).
+    Args: measure, `final` or `over_training`, of the column `value`. Returns a row a variant: variant, difference
+    (Estimate, points), effect (Cohen's d of the paired differences), win_rate (Estimate, ties half), p, and adjusted
+    (for all rows together).
     """
-    plain, rows = measure(replies, PLAIN), []
+    plain, rows = measure(replies, PLAIN, value), []
     for variant in variants:
-        own = measure(replies, variant)
+        own = measure(replies, variant, value)
         found: Comparison = paired(own, plain)
         rows.append(
             {
@@ -95,7 +108,7 @@ def compare(replies: pd.DataFrame, variants: Iterable[str], measure=final) -> pd
     return table.assign(adjusted=adjusted(table["p"].tolist()))
 
 
-def largest_effect(replies: pd.DataFrame, measure=final) -> Estimate:
+def largest_effect(replies: pd.DataFrame, measure: Measure = final) -> Estimate:
     """Size of the largest difference, of either sign, that any variant makes to the plain method, in points.
 
     Its bounds are those of intervals at 95% for all variants together (Bonferroni): the largest of their lower bounds
@@ -107,10 +120,11 @@ def largest_effect(replies: pd.DataFrame, measure=final) -> Estimate:
     plain = measure(replies, PLAIN)
     found = [crossed_interval(measure(replies, v) - plain, level=1 - 0.05 / len(variants)) for v in variants]
     biggest = max(found, key=lambda e: abs(e.mean))
+    known = np.isfinite(biggest.low)
     return Estimate(
         abs(biggest.mean),
-        max(max(0.0, e.low, -e.high) for e in found) if np.isfinite(biggest.low) else np.nan,
-        max(max(abs(e.low), abs(e.high)) for e in found) if np.isfinite(biggest.low) else np.nan,
+        max(max(0.0, e.low, -e.high) for e in found) if known else np.nan,
+        max(max(abs(e.low), abs(e.high)) for e in found) if known else np.nan,
         biggest.n,
     )
 

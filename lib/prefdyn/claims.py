@@ -312,19 +312,20 @@ def _world(p: Parameters, changed: dict) -> dict:
     return changed if p.dataset == "world" else {}
 
 
-# Settings of the sensitivity table, one change at a time: how it is called, and what is changed.
-ALTERNATIVES: dict[str, tuple[str, Callable[[Parameters], dict]]] = {
-    "probe": ("smaller probe", lambda p: {k: p.choice_probe for k in ("probe", "ppo_probe")}),
-    "seeds": ("other seeds", lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]}),
-    "beta": ("beta x 3", lambda p: {"beta": 3 * p.beta}),
-    "kl": ("KL coefficient x 4", lambda p: {k: 4 * getattr(p, k) for k in ("kl_coefficient", "learned_kl")}),
-    "lr": ("DPO's learning rate x 3", lambda p: {"lr": 3 * p.lr}),
-    "ppo_lr": ("PPO's learning rate x 3", lambda p: {"ppo_lr": 3 * p.ppo_lr}),
-    "noise": ("more wrong labels", lambda p: _world(p, {"label_noise": min(0.5, p.label_noise + 0.2)})),
-    "width": ("half the width", lambda p: {"width": p.width // 2} if p.model == "scratch" else {}),
-    "decoding": ("D' sampled", lambda p: {"target_decoding": "sampled"}),
-    "prompts": ("D' on training prompts", lambda p: {"target_prompts": "train"}),
-    "reduction": ("D' mean over tokens", lambda p: {"target_reduction": "mean"}),
+BOTH = ("dpo", "ppo")
+# Settings of the sensitivity table, one change at a time: how it is called, what is changed, and whose G is measured.
+ALTERNATIVES: dict[str, tuple[str, Callable[[Parameters], dict], tuple[str, ...]]] = {
+    "probe": ("smaller probe", lambda p: {k: p.choice_probe for k in ("probe", "ppo_probe")}, BOTH),
+    "seeds": ("other seeds", lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]}, BOTH),
+    "beta": ("beta x 3", lambda p: {"beta": 3 * p.beta}, ("dpo",)),
+    "kl": ("KL coefficient x 4", lambda p: {k: 4 * getattr(p, k) for k in ("kl_coefficient", "learned_kl")}, ("ppo",)),
+    "lr": ("DPO's learning rate x 3", lambda p: {"lr": 3 * p.lr}, ("dpo",)),
+    "ppo_lr": ("PPO's learning rate x 3", lambda p: {"ppo_lr": 3 * p.ppo_lr}, ("ppo",)),
+    "noise": ("more wrong labels", lambda p: _world(p, {"label_noise": min(0.5, p.label_noise + 0.2)}), BOTH),
+    "width": ("half the width", lambda p: {"width": p.width // 2} if p.model == "scratch" else {}, ("dpo",)),
+    "decoding": ("D' sampled", lambda p: {"target_decoding": "sampled"}, ("dpo",)),
+    "prompts": ("D' on training prompts", lambda p: {"target_prompts": "train"}, ("dpo",)),
+    "reduction": ("D' mean over tokens", lambda p: {"target_reduction": "mean"}, ("dpo",)),
 }
 
 
@@ -341,19 +342,16 @@ def _smaller_probe(p: Parameters) -> Parameters:
 
 def sensitivity_runs(p: Parameters, name: str) -> list:
     """What the sensitivity table computes of an alternative: G, on the smaller probe, of the runs that it changes."""
-    changed = alternative(p, name)
-    same = {spec for method in ("dpo", "ppo") for spec in _keys(measured(p, method))}
-    specs = {m: (measured(changed, m), measured(_smaller_probe(changed), m)) for m in ("dpo", "ppo")}
+    changed, methods = alternative(p, name), ALTERNATIVES[name][2]
+    same = {spec.model_dump_json() for method in methods for spec in measured(p, method).values()}
     return [
         small
-        for whole, smaller in specs.values()
-        for spec, small in zip(whole.values(), smaller.values(), strict=True)
+        for method in methods
+        for spec, small in zip(
+            measured(changed, method).values(), measured(_smaller_probe(changed), method).values(), strict=True
+        )
         if spec.model_dump_json() not in same
     ]
-
-
-def _keys(specs: dict) -> list[str]:
-    return [spec.model_dump_json() for spec in specs.values()]
 
 
 def sensitivity(store: RunStore, p: Parameters, name: str, rules: Iterable[Rule] = RULES) -> list[Finding]:

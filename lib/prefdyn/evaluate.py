@@ -61,9 +61,9 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict]]:
     """Evaluate a policy on the prompts `part`.
 
-    Returns metrics and the greedy replies (dicts of prompt, reply, reward). Metrics: reward_greedy and
-    reward_sampled (points, at temperature 1), length (tokens of a sampled reply), entropy and kl (nats a reply, over
-    sampled replies; kl to `reference`, NaN without one).
+    Returns metrics and the greedy replies (dicts of prompt, reply, reward, and sampled, the reward of a sampled reply
+    to the same prompt). Metrics: reward_greedy and reward_sampled (points, at temperature 1), length (tokens of a
+    sampled reply), entropy and kl (nats a reply, over sampled replies; kl to `reference`, NaN without one).
     """
     prompts = dataset.prompts[part]
     limits = {"max_prompt": max_prompt, "max_response": max_response}
@@ -71,17 +71,18 @@ def evaluate(
     asked, sampled = reply(model, tokenizer, prompts, temperature=1.0, seed=seed, **limits)
     greedy_texts = decode(tokenizer, greedy)
     greedy_rewards = rewards(dataset, prompts, greedy_texts)
+    sampled_rewards = rewards(dataset, prompts, decode(tokenizer, sampled))
     batch = pad(asked, sampled, tokenizer.pad_token_id).to(model.device)
     entropy, kl = entropy_and_kl(model, reference or model, batch)
     metrics = {
         "reward_greedy": float(np.mean(greedy_rewards)),
-        "reward_sampled": float(np.mean(rewards(dataset, prompts, decode(tokenizer, sampled)))),
+        "reward_sampled": float(np.mean(sampled_rewards)),
         "length": float(np.mean([len(ids) for ids in sampled])),
         "entropy": entropy.mean().item(),
         "kl": kl.mean().item() if reference is not None else float("nan"),
     }
     rows = [
-        {"prompt": prompt, "reply": text, "reward": points}
-        for prompt, text, points in zip(prompts, greedy_texts, greedy_rewards, strict=True)
+        {"prompt": prompt, "reply": text, "reward": points, "sampled": other}
+        for prompt, text, points, other in zip(prompts, greedy_texts, greedy_rewards, sampled_rewards, strict=True)
     ]
     return metrics, rows

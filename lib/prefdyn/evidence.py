@@ -105,11 +105,11 @@ def _roles(store: RunStore, p: Parameters) -> pd.DataFrame:
     return reweighting.push(tokens, "third").groupby(["third", "seed"])[["g", "direction"]].mean().reset_index()
 
 
-def variant_runs(p: Parameters, method: str) -> dict:
-    """The plain runs and the variants that the parameters ask for: {(variant, seed): spec}."""
-    run = plan.dpo_run if method == "dpo" else plan.ppo_run
-    plain = {(ablations.PLAIN, seed): run(p, seed) for seed in p.seeds}
-    return plain | {(v, s): plan.variant_run(p, s, method, v) for v in variants.names(p, method) for s in p.seeds}
+def variant_runs(p: Parameters, method: str, long: bool = False) -> dict:
+    """The plain runs and the variants that the parameters ask for: {(variant, seed): spec}; `long`, of long DPO."""
+    run = (lambda p, s: plan.dpo_run(p, s, long=long)) if method == "dpo" else plan.ppo_run
+    runs = {(ablations.PLAIN, seed): run(p, seed) for seed in p.seeds}
+    return runs | {(v, s): plan.variant_run(p, s, method, v, long) for v in variants.names(p, method) for s in p.seeds}
 
 
 def _variants(method: str) -> Callable:

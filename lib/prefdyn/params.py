@@ -204,7 +204,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 1024,
         "ppo_probe": 512,
         "choice_probe": 512,
-        "alternatives": ["probe", "seeds", "beta", "kl", "lr", "noise", "width", "prompts"],
+        "alternatives": ["seeds", "beta", "kl", "lr", "noise", "width", "prompts"],
     },
     # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
     # batch and passes are those that arXiv 2512.00778 (v2) states.

@@ -1,14 +1,17 @@
 """The book's figures: one style, seeds as thin lines, their mean with its interval on top."""
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from .stats import over_seeds
+from .stats import Estimate, over_seeds
 
 PAPER = "#fbfaf7"  # a background that suits light and dark pages
 INK = "#2b2b33"
@@ -81,6 +84,35 @@ def compare(
         raise ValueError(f"compare: no {by} {sorted(missing)} in the table; there are {sorted(set(table[by]))}")
     for name, colour in colours.items():
         over_training(ax, table[table[by] == name], y, colour=colour, label=name, x=x, dash=dash)
+
+
+def forest(ax: Axes, names: Sequence[str], found: Mapping[str, Sequence[Estimate]], small: float = 0.0) -> None:
+    """Estimates with their intervals, a row a name, a colour a measure of `found`; grey: no larger than `small`."""
+    gap = 0.66 / max(1, len(found))
+    for i, ((label, estimates), colour) in enumerate(zip(found.items(), COLOURS.values(), strict=False)):
+        places = [row + (i - (len(found) - 1) / 2) * gap for row in range(len(names))]
+        ax.plot([e.mean for e in estimates], places, "o", ms=5, color=colour, label=label)
+        ax.hlines(places, [e.low for e in estimates], [e.high for e in estimates], lw=1.6, color=colour)
+    ax.axvspan(-small, small, color=COLOURS["grey"], alpha=0.15, lw=0)
+    ax.axvline(0, color=COLOURS["grey"], lw=0.8, ls=":")
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+
+
+def marks(
+    ax: Axes, rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], tuple[str, str, float]]
+) -> None:
+    """A table of marks: cells, (row, column) -> (mark, name of a colour, strength of the colour from 0 to 1)."""
+    for (row, column), (mark, colour, strength) in cells.items():
+        x, y = columns.index(column), rows.index(row)
+        ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, color=COLOURS[colour], alpha=strength, lw=0))
+        ax.text(x, y, mark, ha="center", va="center", fontsize=11)
+    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="left")
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
 
 
 def signed_log(ax: Axes, axis: str, values: pd.Series) -> None:
