@@ -71,7 +71,7 @@ def with_random_head(kind: type, folder: Path) -> torch.nn.Module:
 def test_a_run_keeps_what_training_runs_keep_and_its_values(run):
     names = {p.name for p in run.folder.iterdir()}
     kept = {f"{what}-{step}.safetensors" for what in ("checkpoint", "value") for step in STEPS}
-    kept |= {f"scale-{step}.safetensors" for step in STEPS[1:]}
+    kept |= {f"moment-{step}.safetensors" for step in STEPS[1:]}
     tables = {f"{name}.parquet" for name in TABLES}
     assert names == kept | tables | {"policy", "spec.json", "provenance.json", "manifest.json"}
     steps = run.frame("steps")

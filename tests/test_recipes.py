@@ -57,7 +57,7 @@ def test_a_training_run_keeps_its_checkpoints_tables_and_policy(store, dpo):
     assert steps == [0, 4, 12]
     names = {p.name for p in dpo.folder.iterdir()}
     expected = {f"checkpoint-{step}.safetensors" for step in steps} | {f"{name}.parquet" for name in TABLES}
-    expected |= {f"scale-{step}.safetensors" for step in steps[1:]}  # before the first update there is none
+    expected |= {f"moment-{step}.safetensors" for step in steps[1:]}  # before the first update there is none
     assert names == expected | {"policy", "spec.json", "provenance.json", "manifest.json"}
     assert dpo.frame("steps")["step"].tolist() == list(range(12))
     assert dpo.frame("checkpoints")["step"].tolist() == steps
@@ -115,7 +115,7 @@ def test_tables_of_a_measurement_fit_together(measured):
 
 
 def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
-    """<P grad L, grad NLL of D'> by autograd, P from the next checkpoint (the last one's own), and <d, real update>."""
+    """<P grad L, grad NLL of D'> by autograd, P from the running squares with grad L in them; <d, real update>."""
     spec, table = plan.dpo_run(WORLD, seed=0), measured.frame("alignment")
     full = table.query("component == 'full'").set_index("step")
     final, tokenizer = recipes.final_policy(dpo)
@@ -130,7 +130,13 @@ def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
         margin = logps[:48] - logps[48:] - (objective.reference[0] - objective.reference[1])
         loss = -torch.nn.functional.logsigmoid(WORLD.beta * margin).mean()
         descent = torch.autograd.grad(loss, list(named.values()))
-        scale = load_file(dpo.folder / f"scale-{following[step]}.safetensors")
+        norm = math.sqrt(sum(g.square().sum().item() for g in descent))
+        assert norm < 1  # nothing is clipped
+        squares = load_file(dpo.folder / f"moment-{step}.safetensors") if step else {}
+        scale = {
+            name: 1 / (((0.999 * squares.get(name, 0) + 0.001 * g**2) / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            for name, g in zip(named, descent, strict=True)
+        }
         g, g_opt = (
             -sum((a * d * s).sum().item() for a, d, s in zip(ascent, descent, scales, strict=True))
             for scales in ([torch.ones(())] * len(named), [scale[name] for name in named])
@@ -150,9 +156,15 @@ def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
 def test_under_sgd_the_alignment_for_the_optimiser_is_the_raw_one(store):
     p = WORLD.model_copy(update={"optimizer": "sgd", "lr": 0.5})
     run = store.get(plan.dpo_run(p, seed=0))
-    assert not list(run.folder.glob("scale-*"))
+    assert not list(run.folder.glob("moment-*"))
     table = store.get(plan.alignment_run(p, plan.dpo_run(p, seed=0))).frame("alignment")
     assert table["g"].equals(table["g_opt"].rename("g")) and table["se"].equals(table["se_opt"].rename("se"))
+
+
+def test_the_alignment_for_the_optimiser_is_measured_where_it_is_asked_for(store, measured):
+    plain = store.get(plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0), aware=False)).frame("alignment")
+    assert plain[["g_opt", "se_opt"]].isna().all(axis=None)
+    assert plain["g"].equals(measured.frame("alignment")["g"])
 
 
 def test_margins_omegas_and_scores_of_a_measurement_fit_together(measured):

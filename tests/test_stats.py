@@ -37,6 +37,32 @@ def test_one_value_has_no_interval():
             stats.mean_interval(nothing)
 
 
+def test_estimates_know_their_values():
+    """They do not count when estimates are compared, nor do they change how one prints."""
+    e = stats.mean_interval(pd.Series([3.0, 1.0, 2.0]))
+    assert e.values == (3.0, 1.0, 2.0) and e.prompts == 0
+    assert stats.mean_interval([0.5]).values == (0.5,)
+    plain = stats.Estimate(e.mean, e.low, e.high, e.n)
+    assert plain.values == () and plain == e and str(plain) == str(e)
+
+
+def test_an_interval_is_cut_at_what_is_possible():
+    """0.5 and 0.9: mean 0.7, standard error 0.2, t quantile 12.7: far beyond 0 and 1. 0.50, 0.51, 0.52 stay inside."""
+    wide = stats.mean_interval([0.5, 0.9])
+    assert wide.low < 0 and wide.high > 1
+    cut = stats.mean_interval([0.5, 0.9], within=(0, 1))
+    assert (cut.mean, cut.low, cut.high, cut.n) == (pytest.approx(0.7), 0, 1, 2)
+    half_open = stats.mean_interval([0.5, 0.9], within=(0, math.inf))
+    assert half_open.low == 0 and half_open.high == wide.high
+    inside = [0.50, 0.51, 0.52]
+    assert stats.mean_interval(inside, within=(0, 1)) == stats.mean_interval(inside)
+    assert stats.mean_interval([0.0, 1.0], within=(0, 1)).mean == 0.5  # the ends are possible
+    for outside in ([0.5, 1.1], [-0.1], [0.5, 0.5, 2.0]):
+        with pytest.raises(ValueError, match="outside of what is possible, 0 to 1"):
+            stats.mean_interval(outside, within=(0, 1))
+    assert math.isnan(stats.mean_interval([0.5, math.nan], within=(0, 1)).mean)
+
+
 def test_estimates_print_with_their_interval():
     e = stats.Estimate(0.625, 0.5, 0.75, 3)
     assert str(e) == "0.62 [0.50, 0.75]"
@@ -136,6 +162,48 @@ def test_rewards_are_compared_where_both_have_come_equally_far():
     table = pd.DataFrame(rows, columns=["control", "step", "kl", "reward"]).assign(seed=0)
     found = stats.at_equal(table, "kl", "reward", "control", "a", "b")
     assert found.mean == pytest.approx(1.0) and found.n == 1
+
+
+def test_steps_to_by_hand():
+    """Seed 0 passes 3 between steps 10 (1) and 20 (5), at 10 + 10 * 2 / 4 = 15, and falls back later.
+
+    Seed 1 starts above it, at step 0; seed 2 never reaches it; seed 3 reaches it exactly at the last step.
+    """
+    paths = {0: [0.0, 1.0, 5.0, 2.0], 1: [4.0, 1.0, 5.0, 6.0], 2: [0.0, 1.0, 2.0, 2.9], 3: [0.0, 2.0, 2.5, 3.0]}
+    rows = [(seed, step, y) for seed, path in paths.items() for step, y in zip((0, 10, 20, 30), path, strict=True)]
+    table = pd.DataFrame(rows, columns=["seed", "step", "reward"]).sample(frac=1, random_state=0)
+    found = stats.steps_to(table, "step", "reward", 3.0)
+    assert found.index.name == "seed" and found.index.tolist() == [0, 1, 2, 3]
+    assert found.tolist() == pytest.approx([15, 0, math.nan, 30], nan_ok=True)
+    # a checkpoint that is not known is stepped over: from 0 at step 0 to 5 at step 20, 3 lies at 12
+    gap = table.assign(reward=table["reward"].where(table["step"] != 10))
+    assert stats.steps_to(gap, "step", "reward", 3.0)[0] == pytest.approx(12)
+    with pytest.raises(ValueError, match="more than one row with step = 0"):
+        stats.steps_to(pd.concat([table, table[table["step"] == 0]]), "step", "reward", 3.0)
+
+
+TABLE = pd.DataFrame({"seed": [0], "step": [1], "y": [2.0]})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: stats.over_seeds(TABLE, "kind", "y"),
+        lambda: stats.over_seeds(TABLE, ["step", "kind"], "y"),
+        lambda: stats.differences(TABLE, "kind", "a", "b", ["y"]),
+        lambda: stats.at_equal(TABLE, "step", "y", "kind", "a", "b"),
+        lambda: stats.steps_to(TABLE, "step", "kind", 1.0),
+    ],
+)
+def test_a_missing_column_is_named(call):
+    with pytest.raises(ValueError, match="no column kind; there are: seed, step, y"):
+        call()
+
+
+def test_all_missing_columns_are_named():
+    with pytest.raises(ValueError, match="no column example, full; there are: seed, step, y"):
+        stats.subsample_sureness(TABLE, 2)
+    stats.require_columns(TABLE, ["y", "seed"])
 
 
 def test_judge():

@@ -174,28 +174,53 @@ def test_a_digest_tells_examples_and_their_order():
     assert len({train.digest(a), train.digest(b), train.digest(b[:2])}) == 3
 
 
-def test_the_scale_of_adamw_by_hand(double):
-    """Two updates with gradients g and h: v = (0.999 * 0.001 g^2 + 0.001 h^2) / (1 - 0.999^2).
+def test_the_scale_of_adamw_is_what_its_next_step_would_use(double):
+    """After gradients g and h, what k gets: v = (0.999^2 g^2 + 0.999 h^2 + k^2) * 0.001 / (1 - 0.999^3).
 
-    At the first update momentum is the gradient, so the step is -lr * scale * g.
+    An optimiser whose momentum is forgotten steps by -lr * (1 - 0.9) / (1 - 0.9^3) * scale * k.
     """
     model = torch.nn.Linear(3, 1, bias=False)
     optimizer = train.make_optimizer(model, Optimisation(steps=2, batch_size=1, lr=0.1))
-    assert train.step_scale(model, optimizer) == {}
-    g, h = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([[3.0, 0.1, 0.0]])
+    assert train.second_moment(model, optimizer) == {}
+    g, h, k = (torch.tensor([row]) for row in ([1.0, -2.0, 0.5], [3.0, 0.1, 0.0], [-1.0, 4.0, 2.0]))
+    first = train.adamw_scale({"weight": g}, {}, clip=0.0)["weight"]
+    assert torch.allclose(first, 1 / (g.abs() + 1e-8), rtol=1e-12)  # the first step goes along the sign
+    for gradient in (g, h):
+        model.weight.grad = gradient
+        optimizer.step()
+    moment = train.second_moment(model, optimizer)
+    assert moment[train.UPDATES].item() == 2
+    assert torch.allclose(moment["weight"], 0.999 * 0.001 * g**2 + 0.001 * h**2, rtol=1e-12)
+    scale = train.adamw_scale({"weight": k}, moment, clip=0.0)["weight"]
+    v = (0.999**2 * 0.001 * g**2 + 0.999 * 0.001 * h**2 + 0.001 * k**2) / (1 - 0.999**3)
+    assert torch.allclose(scale, 1 / (v.sqrt() + 1e-8), rtol=1e-9)
     before = model.weight.detach().clone()
-    model.weight.grad = g
+    optimizer.state[model.weight]["exp_avg"].zero_()
+    model.weight.grad = k
     optimizer.step()
-    first = train.step_scale(model, optimizer)["weight"]
-    assert torch.allclose(model.weight.detach() - before, -0.1 * first * g, rtol=1e-12)
-    assert torch.allclose(first, 1 / (g.abs() + 1e-8), rtol=1e-9)
-    model.weight.grad = h
-    optimizer.step()
-    v = (0.999 * 0.001 * g**2 + 0.001 * h**2) / (1 - 0.999**2)
-    assert torch.allclose(train.step_scale(model, optimizer)["weight"], 1 / (v.sqrt() + 1e-8), rtol=1e-9)
+    assert torch.allclose(model.weight.detach() - before, -0.1 * 0.1 / (1 - 0.9**3) * scale * k, rtol=1e-6)
     plain = train.make_optimizer(model, Optimisation(steps=2, batch_size=1, lr=0.1, optimizer="sgd"))
     plain.step()
-    assert train.step_scale(model, plain) == {}
+    assert train.second_moment(model, plain) == {}
+
+
+def test_the_scale_of_adamw_holds_what_clipping_takes_away(double):
+    """(3, 4) has norm 5: clipped to 1 it is (0.6, 0.8), and its first step has the same sign and size as before."""
+    gradient = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+    clipped, free = train.adamw_scale(gradient, {}, clip=1.0), train.adamw_scale(gradient, {}, clip=9.0)
+    assert [clipped[n].item() * gradient[n].item() for n in "ab"] == pytest.approx([1, 1], rel=1e-6)
+    moment = {train.UPDATES: torch.tensor([1.0]), "a": torch.tensor([0.001]), "b": torch.tensor([0.001])}
+    clipped, free = (train.adamw_scale(gradient, moment, clip) for clip in (1.0, 9.0))
+    v = {n: (0.999 * 0.001 + 0.001 * (g.item() / 5) ** 2) / (1 - 0.999**2) for n, g in gradient.items()}
+    for n in "ab":
+        assert clipped[n].item() == pytest.approx(0.2 / v[n] ** 0.5, rel=1e-6) and free[n] < 1.0
+
+
+def test_no_parameter_seems_to_move_by_miles(double):
+    """A gradient where there was almost none before: at most sqrt((1 - 0.999^3) / 0.001), about sqrt 3, times lr."""
+    moment = {train.UPDATES: torch.tensor([2.0]), "w": torch.tensor([1e-20])}
+    scale = train.adamw_scale({"w": torch.tensor([5.0])}, moment, clip=0.0)["w"]
+    assert 5 * scale.item() == pytest.approx(math.sqrt((1 - 0.999**3) / 0.001), rel=1e-6)
 
 
 def test_a_schedule_reaches_training_at_its_steps(double):

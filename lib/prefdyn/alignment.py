@@ -11,8 +11,8 @@ every objective costs a weighted sum, not a backward pass. A plain SGD step of s
 negative log-likelihood of D' by about -lr * G.
 
 AdamW does not step along the gradient but along P grad L, with a scale P for each parameter. The optimiser-aware
-alignment takes the scaled direction P d in the place of d: then a step of size lr changes it by about -lr times *that*,
-momentum aside, and the parts still add up.
+alignment takes the scaled direction P d in the place of d, with the P that the gradient of the whole probe would meet
+if it came next: then a step of size lr changes it by about -lr times *that*, momentum aside, and parts still add up.
 """
 
 from collections.abc import Callable, Iterable

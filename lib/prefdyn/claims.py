@@ -259,7 +259,7 @@ def apply_rule(rule: Rule, table: pd.DataFrame) -> Finding:
         )
     found = rule.measure(table)
     if not np.isfinite(found.mean):
-        return Finding(rule, None, "not run", "what it measures is not known for this dataset")
+        return Finding(rule, None, "not run", "what it measures is not known here")
     return Finding(rule, found, stats.judge(found, rule.predicted, rule.threshold))
 
 
@@ -341,14 +341,14 @@ def _smaller_probe(p: Parameters) -> Parameters:
 
 
 def sensitivity_runs(p: Parameters, name: str) -> list:
-    """What the sensitivity table computes of an alternative: G, on the smaller probe, of the runs that it changes."""
+    """What the sensitivity table computes of an alternative: raw G, on the smaller probe, of what it changes."""
     changed, methods = alternative(p, name), ALTERNATIVES[name][2]
     same = {spec.model_dump_json() for method in methods for spec in measured(p, method).values()}
     return [
         small
         for method in methods
         for spec, small in zip(
-            measured(changed, method).values(), measured(_smaller_probe(changed), method).values(), strict=True
+            measured(changed, method).values(), measured(_smaller_probe(changed), method, False).values(), strict=True
         )
         if spec.model_dump_json() not in same
     ]

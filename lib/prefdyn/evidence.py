@@ -30,10 +30,24 @@ def _true_reward(p: Parameters) -> None:
         raise NotRun("it needs the true reward, which this dataset does not have")
 
 
-def measured(p: Parameters, method: str) -> dict:
-    """The measurements of the plain runs of "dpo" or "ppo" on the check probe: {(method, seed): spec}."""
+def measured(p: Parameters, method: str, aware: bool = True) -> dict:
+    """The measurements of the plain runs of "dpo" or "ppo" on the check probe: {(method, seed): spec}.
+
+    aware: the optimiser-aware G too.
+    """
     run = plan.dpo_run if method == "dpo" else plan.ppo_run
-    return {(method, seed): plan.alignment_run(p, run(p, seed), "check") for seed in p.seeds}
+    return {(method, seed): plan.alignment_run(p, run(p, seed), "check", aware) for seed in p.seeds}
+
+
+def _measurement(store: RunStore, p: Parameters, method: str, frame: str) -> pd.DataFrame:
+    """A table of the measurements, with the optimiser-aware G if it was measured, else without. Raises NotRun."""
+    try:
+        return _found(store, measured(p, method), frame)
+    except NotRun as missing:
+        try:
+            return _found(store, measured(p, method, aware=False), frame)
+        except NotRun:
+            raise missing from None
 
 
 def _parts(p: Parameters, method: str) -> dict:
@@ -42,7 +56,7 @@ def _parts(p: Parameters, method: str) -> dict:
 
 
 def _alignment(method: str) -> Callable:
-    return lambda store, p: _found(store, measured(p, method), "alignment")
+    return lambda store, p: _measurement(store, p, method, "alignment")
 
 
 def _choices(store: RunStore, p: Parameters) -> pd.DataFrame:
@@ -52,7 +66,7 @@ def _choices(store: RunStore, p: Parameters) -> pd.DataFrame:
 
 def _sureness(store: RunStore, p: Parameters) -> pd.DataFrame:
     """How sure DPO's and PPO's G are of their sign at equal numbers of sequences: seed, dpo, ppo."""
-    tables = {m: _found(store, measured(p, m), "sequences") for m in ("dpo", "ppo")}
+    tables = {m: _measurement(store, p, m, "sequences") for m in ("dpo", "ppo")}
     examples = {m: t.groupby("seed")["example"].nunique().min() for m, t in tables.items()}
     sequences = min(2 * examples["dpo"], examples["ppo"])  # a pair has two, a rollout one
     return pd.DataFrame(
@@ -67,7 +81,7 @@ def _sureness(store: RunStore, p: Parameters) -> pd.DataFrame:
 
 def _omega(store: RunStore, p: Parameters) -> pd.DataFrame:
     _true_reward(p)
-    sequences = _found(store, measured(p, "dpo"), "sequences")
+    sequences = _measurement(store, p, "dpo", "sequences")
     last = reweighting.with_thirds(sequences[sequences["step"] == sequences["step"].max()], "omega")
     return reweighting.signal(last, {s: recipes.dataset(plan.data_spec(p, s)).check for s in p.seeds})
 
@@ -101,7 +115,7 @@ def _curve(method: str) -> Callable:
 
 def _roles(store: RunStore, p: Parameters) -> pd.DataFrame:
     """Mean over checkpoints by seed of each third of PPO's tokens: third, seed, g, direction (g per unit of weight)."""
-    tokens = reweighting.with_thirds(_found(store, measured(p, "ppo"), "tokens"), "strength")
+    tokens = reweighting.with_thirds(_measurement(store, p, "ppo", "tokens"), "strength")
     return reweighting.push(tokens, "third").groupby(["third", "seed"])[["g", "direction"]].mean().reset_index()
 
 

@@ -71,20 +71,21 @@ class AlignmentRun(recipes.Spec):
     probe: Literal["train", "check"]
     size: int  # examples measured at most: pairs for DPO, demonstrations for SFT, replies for PPO
     method: Literal["forward", "central"]
+    aware: bool = True  # measure the alignment for the optimiser's steps too: one backward and one more forward pass
 
     def parents(self) -> list[recipes.Spec]:
         return [self.run, *self.run.parents()]
 
     def work(self) -> float:
         rows = self.size * (1 if self.run.kind == "sft" else 2)
-        return 2.8 * rows * len(self.run.steps())  # two passes; a measured row costs about 1.4 trained ones in each
+        return (3.6 if self.aware else 1.6) * rows * len(self.run.steps())  # rows trained on in the same time
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write alignment, sequences and tokens (parquet), with a row a step and, in turn, component, example, token.
 
         Columns of alignment: step, component, g, se, g_opt, se_opt, n, logp_targets, moved. G is in nats a unit of
-        learning rate; g_opt is the optimiser-aware one (`recipes.scale_after`, equal to g under SGD); moved is the
-        inner product of d with the update from this checkpoint to the next, in nats.
+        learning rate; g_opt is the optimiser-aware one (equal to g under SGD, NaN if it was not asked for); moved is
+        the inner product of d with the update from this checkpoint to the next, in nats.
         Columns of sequences: step, example, its contribution to each component and opt, that to g_opt of the whole; for
         DPO also omega, margin, and the scores of its chosen and rejected response.
         Columns of tokens: step and those of `token_table`.
@@ -113,13 +114,10 @@ class AlignmentRun(recipes.Spec):
         objective, index = prober(step, model)
         batch = objective.batch(index)
         direction = alignment.target_direction(model, targets, self.targets.reduction)
-        scale = recipes.scale_after(run, self.run.steps(), step)
         settings = {"method": self.method, "temperature": objective.temperature}
         logps, scores = alignment.token_scores(model, batch, direction, **settings)
-        scores_opt = scores
-        if scale:
-            _, scores_opt = alignment.token_scores(model, batch, alignment.scaled(direction, scale), **settings)
         weights = objective.weights(logps, batch, index)
+        scores_opt = self._aware(run, step, model, batch, weights, direction, scores, settings)
         n = len(index)
 
         def by_example(scores: torch.Tensor) -> dict[str, np.ndarray]:
@@ -153,6 +151,26 @@ class AlignmentRun(recipes.Spec):
             }
         tokens = token_table(batch, tokenizer, weights, logps, scores, scores_opt, n, TOKENS_OF)
         return {"alignment": summary, "sequences": pd.DataFrame(sequences), "tokens": tokens}
+
+    def _aware(
+        self,
+        run,
+        step: int,
+        model: PreTrainedModel,
+        batch: Batch,
+        weights: TokenWeights,
+        direction: alignment.Direction,
+        scores: torch.Tensor,
+        settings: dict,
+    ) -> torch.Tensor:
+        """Scores along P d, with what the optimiser would scale the gradient of the whole probe by, if it came next."""
+        if not self.aware:
+            return torch.full_like(scores, torch.nan)
+        parts = zip(batch.slices(256), weights.w.split(256), strict=True)
+        scale = self.run.step_scale(run, step, alignment.gradient(model, parts, settings["temperature"]))
+        return (
+            alignment.token_scores(model, batch, alignment.scaled(direction, scale), **settings)[1] if scale else scores
+        )
 
     def _moved(self, run, step: int, model: PreTrainedModel, direction: alignment.Direction) -> float:
         """<d, update from this checkpoint to the next one>; NaN at the last."""

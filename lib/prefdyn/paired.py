@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 
 from .stats import Estimate, require_columns, require_within
 
+FLOOR = 0.05  # MS_S below this quantile of what residuals alone give is raised to it, see crossed_errors
 CUT = 0.25  # the share of cells that the interquartile mean leaves out at either end
 
 
@@ -22,7 +23,7 @@ class Comparison:
     """Two policies on the same seeds and prompts.
 
     difference: mean of first minus second with its crossed interval, in the unit of the outcome. effect: Cohen's d_z.
-    p: two-sided p-value of "no difference"; at or below 0.05 where the 95% interval of `difference` excludes 0.
+    p: two-sided p-value of "no difference"; below 0.05 exactly where the 95% interval of `difference` excludes 0.
     """
 
     difference: Estimate
@@ -66,46 +67,63 @@ def _pair(a, b, name: str) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def crossed_errors(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over crossed seeds and prompts, with two standard errors and their degrees of freedom.
+def mean_squares(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squares of the two-way analysis of variance without replication, over y [..., S, P] with S >= 2.
+
+    Returns MS of seeds, prompts and residual [3, ...] and their degrees of freedom [3], S - 1, P - 1 and the product;
+    1 in place of 0 for a single prompt, whose squares are 0.
+    """
+    s, p = y.shape[-2:]
+    y = y - y[..., :1, :1]  # so that equal cells have squares of exactly 0
+    mean = y.mean((-2, -1), keepdims=True)
+    of_seed, of_prompt = y.mean(-1, keepdims=True) - mean, y.mean(-2, keepdims=True) - mean
+    parts = p * of_seed**2, s * of_prompt**2, (y - mean - of_seed - of_prompt) ** 2
+    df = np.maximum([s - 1, p - 1, (s - 1) * (p - 1)], 1)
+    return np.stack([part.sum((-2, -1)) / d for part, d in zip(parts, df, strict=True)]), df
+
+
+def crossed_errors(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Two standard errors of the mean over crossed seeds and prompts, with their degrees of freedom.
 
     With a = S - 1, b = P - 1 and the mean squares of the two-way analysis of variance, the errors' squares are
 
         across seeds alone:  MS_S / SP                    a degrees of freedom
         both levels:         (MS_S + MS_P - MS_E) / SP    (MS_S + MS_P - MS_E)^2 / (MS_S^2/a + MS_P^2/b + MS_E^2/ab)
 
-    the latter by Satterthwaite, at least a, and 0 where the variance would be negative. See *An approximate
-    distribution of estimates of variance components*, Satterthwaite, 1946, https://doi.org/10.2307/3002019.
+    the latter by Satterthwaite, at least a, and 0 where the variance would be negative. MS_S / MS_E is at least
+    F-distributed: an MS_S in its lowest 5% (`FLOOR`) is chance, two seeds with one mean, say, and is raised to there.
+    See *An approximate distribution of estimates of variance components*, Satterthwaite, 1946,
+    https://doi.org/10.2307/3002019.
 
-    Args: y [..., S, P], S >= 2. Returns mean [...], errors [2, ...] and degrees of freedom [2, ...].
+    Args: y [..., S, P], S >= 2. Returns errors and degrees of freedom, [2, ...] each.
     """
-    s, p = y.shape[-2:]
-    start = y[..., :1, :1]
-    y = y - start  # so that equal cells have a variance of exactly 0
-    mean = y.mean((-2, -1), keepdims=True)
-    of_seed, of_prompt = y.mean(-1, keepdims=True) - mean, y.mean(-2, keepdims=True) - mean
-    squares = np.stack([part.sum((-2, -1)) for part in (
-        p * of_seed**2, s * of_prompt**2, (y - mean - of_seed - of_prompt) ** 2
-    )])  # fmt: skip
-    df = np.array([s - 1, max(p - 1, 1), max((s - 1) * (p - 1), 1)]).reshape(3, *[1] * (squares.ndim - 1))
-    ms = squares / df  # a single prompt has squares of 0 where it has no degree of freedom
-    both = np.maximum(ms[0] + ms[1] - ms[2], 0)
-    spread = (ms**2 / df).sum(0)
+    (seeds, prompts, rest), (a, b, ab) = mean_squares(y)
+    seeds = np.maximum(seeds, stats.f.ppf(FLOOR, a, ab) * rest)
+    both = np.maximum(seeds + prompts - rest, 0)
+    spread = seeds**2 / a + prompts**2 / b + rest**2 / ab
     satterthwaite = np.divide(both**2, spread, out=np.zeros_like(both), where=spread > 0)
-    errors = np.sqrt(np.stack([ms[0], both]) / (s * p))
-    return (mean + start)[..., 0, 0], errors, np.stack([np.full_like(both, s - 1), np.maximum(satterthwaite, s - 1)])
+    errors = np.sqrt(np.stack([seeds, both]) / math.prod(y.shape[-2:]))
+    return errors, np.stack([np.full_like(both, a), np.maximum(satterthwaite, a)])
 
 
-def half_width(errors: np.ndarray, df: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Half the width of the crossed interval: the larger of Student's t intervals by the two errors [2, ...]."""
+def grand_mean(y: np.ndarray) -> np.ndarray:
+    """Mean over all cells of y [..., S, P]; of equal cells, exactly their value."""
+    start = y[..., :1, :1]
+    return (y - start).mean((-2, -1)) + start[..., 0, 0]
+
+
+def half_width(y: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Half the width of the crossed interval, y [..., S, P]: the larger of Student's t by the two errors."""
+    errors, df = crossed_errors(y)
     return (stats.t.ppf((1 + level) / 2, df) * errors).max(0)
 
 
-def p_value(mean: np.ndarray, errors: np.ndarray, df: np.ndarray) -> np.ndarray:
-    """Two-sided p-value of a mean of 0: the larger of the two t tests', so that it agrees with the interval.
+def p_value(y: np.ndarray) -> np.ndarray:
+    """Two-sided p-value of a mean of 0, y [..., S, P]: the larger of the two t tests', so that it fits the interval.
 
-    1 where mean and errors are 0: there is nothing that speaks against 0.
+    1 where every cell is 0: nothing speaks against 0.
     """
+    mean, (errors, df) = grand_mean(y), crossed_errors(y)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.abs(mean) / errors
     return np.where((mean == 0) & (errors == 0), 1.0, 2 * stats.t.sf(t, df)).max(0)
@@ -120,14 +138,14 @@ def crossed_interval(y: np.ndarray, level: float = 0.95, within: tuple[float, fl
     """Mean over all cells with an interval for other seeds and other prompts (crossed random effects).
 
     It is the wider of two intervals (`crossed_errors`): Student's t over both levels with Satterthwaite's degrees of
-    freedom, and Student's t over the seeds' means. The first alone covers too rarely, 87% at two seeds, where seeds
-    matter as much as prompts: two seeds that happen to be alike make it narrow and its degrees of freedom many. The
-    second alone knows nothing of prompts, 9% where only prompts differ.
+    freedom, and Student's t over the seeds' means. The first alone covers as rarely as 87% at two seeds, where seeds
+    matter as much as prompts: two that happen to be alike make it narrow and its degrees of freedom many. The second
+    alone knows nothing of prompts: 9% where only they differ.
 
-    Coverage at 95%, by simulation of normal effects (seed sd 0 to 1 and prompt sd 0 to 2 by residual sd 1; also the
-    residual nearly 0): 95.0 to 98.4% for 2 seeds, 94.7 to 96.8% for 3, 94.2 to 95.9% for 5, with 64 or 256 prompts.
-    Above 98% it is only for 2 seeds and 64 prompts, where prompts differ (sd 0.25 to 0.5) and seeds hardly do (sd
-    below 0.1): there it is wider than it had to be, for two seeds cannot show that seeds do not matter.
+    Coverage at 95%, by simulation of normal effects (seed sd 0 to 1, prompt sd 0 to 2, residual sd 0.1 or 1; 64 or 256
+    prompts): 94.9 to 98.4% for 2 seeds, 94.8 to 97.1% for 3, 94.2 to 96.4% for 5. Above 98% it is only for 2 seeds and
+    64 prompts, where seeds hardly differ (sd up to 0.05 of the residual's) and prompts little (up to 0.5): there it is
+    wider than it had to be, for two seeds cannot show that seeds do not matter.
 
     Args: y [S, P]; within, the lowest and highest possible value: the interval is cut there. Returns an Estimate with
     n = S, values = the seeds' means and prompts = P; without bounds for one seed, of width 0 where all cells are
@@ -136,9 +154,8 @@ def crossed_interval(y: np.ndarray, level: float = 0.95, within: tuple[float, fl
     y = _matrix(y, "crossed_interval")
     require_within(y, within)
     if len(y) == 1:
-        return _no_interval(float(y.mean()), y)
-    mean, errors, df = crossed_errors(y)
-    half = half_width(errors, df, level)
+        return _no_interval(float(grand_mean(y)), y)
+    mean, half = grand_mean(y), half_width(y, level)
     low, high = np.clip([mean - half, mean + half], *(within or (-math.inf, math.inf)))
     return Estimate(float(mean), float(low), float(high), len(y), tuple(y.mean(1).tolist()), y.shape[1])
 
@@ -148,49 +165,64 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.heaviside(np.asarray(a, float) - np.asarray(b, float), 0.5)
 
 
-def share_bounds(y: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean of outcomes in [0, 1], y [..., S, P] with S >= 2, and the bounds of `win_rate_interval`, each [...]."""
-    s, p = y.shape[-2:]
-    mean, errors, df = crossed_errors(y)
-    half = half_width(errors, df, level)
-    z = stats.norm.ppf((1 + level) / 2)
-    alike = s * p * (z / stats.t.ppf((1 + level) / 2, s - 1)) ** 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        n = np.where(half == 0, alike, np.minimum(mean * (1 - mean) * (z / half) ** 2, s * p))
-    centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-    reach = z / (1 + z**2 / n) * np.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
-    return mean, np.maximum(centre - reach, 0), np.minimum(centre + reach, 1)
+def share_terms(y: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """A and B: if the true share is x, the mean of outcomes in [0, 1] is within sqrt(A u + B u^2) of it, at `level`.
+
+    With u = x (1 - x), w the mean of y and h its half-width,
+
+        A = z^2 / SP,    B = (h^2 - A w (1 - w)) / (w (1 - w))^2, at least 0.
+
+    A is for cells that are independent coin tosses, B for seeds and prompts whose logits differ, for a share moves by u
+    where its logit moves by 1. At x = w both make h^2. Equal cells tell nothing of how seeds differ: there B = 0 and z
+    is Student's t for S - 1 degrees of freedom.
+
+    Args: y [..., S, P] with S >= 2. Returns two arrays [...].
+    """
+    mean, half = grand_mean(y), half_width(y, level)
+    equal, tail = half == 0, (1 + level) / 2
+    z = np.where(equal, stats.t.ppf(tail, y.shape[-2] - 1), stats.norm.ppf(tail))
+    a, u = z**2 / math.prod(y.shape[-2:]), np.where(equal, 1, mean * (1 - mean))
+    return a, np.where(equal, 0, np.maximum(half**2 - a * u, 0) / u**2)
 
 
 def win_rate_interval(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> Estimate:
     """Win rate of rewards `a` over rewards `b` (ties half), with an interval for other seeds and other prompts.
 
-    Wilson's interval for the effective number of independent cells, n = w (1 - w) (z / h)^2 with h the half-width of
-    `crossed_interval`: so many independent comparisons would be as unsure (the idea, with its t-correction, of
-    *Confidence intervals for proportions with small expected number of positive counts estimated from survey data*,
-    Korn and Graubard, Survey Methodology 24, 1998). n is at most SP; where no cell differs from another, as when all
-    are won, it is SP (z / t)^2 with t for S - 1 degrees of freedom. Korn and Graubard's own bounds, those of Clopper
-    and Pearson for n, cover more and are wider (at two seeds and w = 0.98: 0.71 against 0.57).
+    A score interval: all shares x from which the win rate w is no farther than x itself makes likely, (w - x)^2 <= A u
+    + B u^2 (`share_terms`). For independent cells, B = 0, it is that of *Probable inference, the law of succession, and
+    statistical inference*, Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953. The same, or the bounds of
+    Clopper and Pearson, for an effective number of cells (*Confidence intervals for proportions with small expected
+    number of positive counts estimated from survey data*, Korn and Graubard, Survey Methodology 24, 1998) covers less,
+    91 and 92% at five seeds with win rate 0.95 and sd 1 below: seeds' win rates are skewed, which B u^2 follows.
 
-    Coverage at 95%, by simulation (w of 0.5, 0.7, 0.9, 0.98; seeds' logits with sd 0, 0.3, 1, prompts' 0, 1, 2):
+    Coverage at 95%, by simulation (win rates 0.5, 0.7, 0.9, 0.95, 0.98; seeds' logits with sd 0, 0.3, 1, prompts' 0, 1,
+    2):
 
-        2 seeds, 64 prompts     95.9 to 99.9%
-        3 seeds, 64 prompts     94.7 to 99.0%
-        3 seeds, 256 prompts    93.5 to 98.9%
-        5 seeds, 256 prompts    92.2 to 98.3%
+        2 seeds, 64 prompts     95.2 to 99.7%
+        3 seeds, 64 prompts     95.3 to 98.8%
+        3 seeds, 256 prompts    94.9 to 98.8%
+        5 seeds, 256 prompts    93.5 to 98.1%
 
-    It is least where seeds differ much (sd 1) and w is 0.9: the seeds' win rates are then skewed. It is above 98%
-    where seeds and prompts are alike, for n may not exceed SP, and near 1 with two or three seeds, where so few
-    losses cannot show that seeds agree.
+    It is above 98%, wider than it had to be, where seeds and prompts are alike, for it is never narrower than that of
+    independent cells, and near 1 with two or three seeds, where so few losses cannot show that seeds agree. Beyond, at
+    sd 1.5 for seeds, it falls to 91% with five seeds and a win rate of 0.98.
 
     Args: a, b [S, P], rewards of the same seeds and prompts. Returns an Estimate with n = S, values = the seeds' win
-    rates and prompts = P; without bounds for one seed. Raises ValueError for other ranks or unequal shapes.
+    rates and prompts = P; without bounds for one seed, all NaN where a reward is. Raises ValueError for other ranks or
+    unequal shapes.
     """
     y = wins(*_pair(a, b, "win_rate_interval"))
-    if len(y) == 1:
-        return _no_interval(float(y.mean()), y)
-    mean, low, high = share_bounds(y, level)
-    return Estimate(float(mean), float(low), float(high), len(y), tuple(y.mean(1).tolist()), y.shape[1])
+    if len(y) == 1 or np.isnan(y).any():
+        return crossed_interval(y, level)
+    mean, (toss, spread) = float(grand_mean(y)), share_terms(y, level)
+
+    def beyond(x: float) -> float:
+        return (mean - x) ** 2 - toss * x * (1 - x) - spread * (x * (1 - x)) ** 2
+
+    low, high = (
+        end if mean == end else optimize.brentq(beyond, *np.clip([end, mean], 1e-12, 1 - 1e-12)) for end in (0.0, 1.0)
+    )
+    return Estimate(mean, low, high, len(y), tuple(y.mean(1).tolist()), y.shape[1])
 
 
 def effect_size(y: np.ndarray) -> float:
@@ -214,7 +246,7 @@ def paired(a: np.ndarray, b: np.ndarray) -> Comparison:
     """
     a, b = _pair(a, b, "paired")
     y = a - b
-    p = float(p_value(*crossed_errors(y))) if len(y) > 1 else math.nan
+    p = float(p_value(y)) if len(y) > 1 else math.nan
     return Comparison(crossed_interval(y), effect_size(y), p)
 
 
@@ -222,10 +254,11 @@ def adjusted(p_values: Sequence[float]) -> list[float]:
     """P-values corrected for their number: at or below q, a share of at most q of the findings is expected to be false.
 
     The false discovery rate of Benjamini and Hochberg. It is proven for independent tests and for positively dependent
-    ones, as one-sided comparisons of several variants with one baseline are (*The control of the false discovery rate
-    in multiple testing under dependency*, Benjamini and Yekutieli, 2001, https://doi.org/10.1214/aos/1013699998).
-    For two-sided ones, as here, there is no proof but simulation: the rate stays below q; a test repeats it at our
-    sizes. NaN stays NaN and does not count. Raises ValueError for a p-value outside of 0 to 1.
+    ones, such as one-sided normal tests of several variants against one baseline: *The control of the false discovery
+    rate in multiple testing under dependency*, Benjamini and Yekutieli, 2001,
+    https://doi.org/10.1214/aos/1013699998. For two-sided ones, as here, there is no proof but simulation: the rate
+    stays below q, and a test repeats it at our sizes. NaN stays NaN and does not count. Raises ValueError for a p-value
+    outside of 0 to 1.
     """
     p = np.array(p_values, float)  # a copy
     known = ~np.isnan(p)
@@ -243,7 +276,7 @@ def interquartile_mean(y: np.ndarray, level: float = 0.95) -> Estimate:
     https://arxiv.org/abs/2108.13264, and *Introduction to robust estimation and hypothesis testing*, Wilcox, 2012.
 
     Coverage of the mean of the population's middle half, by simulation (normal, lognormal or t3 residuals; seed sd 0
-    to 1, prompt sd 0 to 1): 94.6 to 98.3% for 2 seeds and 64 prompts, 93.2 to 97% for 3 and 5 seeds. Where the middle
+    to 1, prompt sd 0 to 1): 95.1 to 98.5% for 2 seeds, 94.0 to 97.3% for 3 and 5, 64 or 256 prompts. Where the middle
     half of all cells has one value, as when most replies are equal, the width is 0: then read the mean.
 
     Args: y [S, P]. Returns an Estimate with n = S, values = the seeds' own interquartile means and prompts = P; without
@@ -257,6 +290,6 @@ def interquartile_mean(y: np.ndarray, level: float = 0.95) -> Estimate:
     if len(y) == 1:
         return _no_interval(mean, y)
     winsorised = np.asarray(stats.mstats.winsorize(y, (CUT, CUT)))
-    half = float(half_width(*crossed_errors(winsorised)[1:], level)) / (1 - 2 * CUT)
+    half = float(half_width(winsorised, level)) / (1 - 2 * CUT)
     own = tuple(stats.trim_mean(y, CUT, axis=1).tolist())
     return Estimate(mean, mean - half, mean + half, len(y), own, y.shape[1])

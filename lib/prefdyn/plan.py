@@ -265,12 +265,18 @@ def exploration_run(p: Parameters, run: DPORun | PPORun) -> ExplorationRun:
     return ExplorationRun(run=run, prompts=p.explore_prompts, samples=p.explore_samples)
 
 
-def alignment_run(p: Parameters, run: SFTRun | DPORun | PPORun, probe: str = "train") -> AlignmentRun:
-    """The measurement of a training run on one probe, with the declared choices of the parameters."""
+def alignment_run(
+    p: Parameters, run: SFTRun | DPORun | PPORun, probe: str = "train", aware: bool = True
+) -> AlignmentRun:
+    """The measurement of a training run on one probe, with the declared choices of the parameters.
+
+    aware: of the alignment for the optimiser's steps too.
+    """
     return AlignmentRun(
         run=run,
         targets=target_spec(p),
         probe=probe,
         size=p.ppo_probe if run.kind == "ppo" else p.probe,
         method=p.method,
+        aware=aware,
     )

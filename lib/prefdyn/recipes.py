@@ -17,7 +17,7 @@ from . import data, policy, world
 from .controls import FULL, Control
 from .evaluate import evaluate, win_rate
 from .objectives import DPO, SFT
-from .train import Objective, Optimisation, checkpoint_steps, fit, step_scale
+from .train import Objective, Optimisation, adamw_scale, checkpoint_steps, fit, second_moment
 
 if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
     from .runs import Run, RunStore
@@ -132,16 +132,6 @@ def final_policy(run: "Run") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to(device()), tokenizer
 
 
-def scale_after(run: "Run", steps: list[int], step: int) -> dict[str, torch.Tensor]:
-    """What the optimiser scaled gradients by in the updates that follow `step`, by parameter name; {} where it did not.
-
-    It is the scale at the next of the run's checkpoints `steps` (at the last one its own): there is none before the
-    first update, and a single update's would be the gradient's own size.
-    """
-    path = run.folder / f"scale-{min((s for s in steps if s > step), default=step)}.safetensors"
-    return {name: t.to(device()) for name, t in load_file(path).items()} if path.exists() else {}
-
-
 Prober = Callable[[int, PreTrainedModel], tuple[Objective, torch.Tensor]]  # (step, policy) -> objective, examples
 
 
@@ -155,6 +145,14 @@ class Training(Spec):
         """The steps at which the run keeps a checkpoint."""
         return checkpoint_steps(self.optimisation.steps, self.checkpoints)
 
+    def step_scale(self, run: "Run", step: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the optimiser would multiply `gradient` with after `step` steps, by parameter name; {} for SGD."""
+        if self.optimisation.optimizer != "adamw":
+            return {}
+        path = run.folder / f"moment-{step}.safetensors"
+        moment = {name: t.to(device()) for name, t in load_file(path).items()} if path.exists() else {}
+        return adamw_scale(gradient, moment, self.optimisation.clip)
+
     def keep_checkpoint(
         self,
         folder: Path,
@@ -166,7 +164,7 @@ class Training(Spec):
         check: Objective,
         spec: DataSpec,
     ) -> None:
-        """Evaluate on held-out prompts and on the objective `check`; write checkpoint-, scale- and evaluation-STEP."""
+        """Evaluate on held-out prompts and on the objective `check`; write checkpoint-, moment- and evaluation-STEP."""
         limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
         seed = self.optimisation.seed
         metrics, replies = evaluate(model, reference, tokenizer, dataset(spec), seed=seed, **limits)
@@ -176,8 +174,8 @@ class Training(Spec):
             logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
         checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, index).items()}
         save_model(model, str(folder / f"checkpoint-{step}.safetensors"))
-        if scale := step_scale(model, optimizer):
-            save_file(scale, folder / f"scale-{step}.safetensors")
+        if moment := second_moment(model, optimizer):
+            save_file(moment, folder / f"moment-{step}.safetensors")
         kept = {"metrics": metrics | checked, "replies": replies}
         (folder / f"evaluation-{step}.json").write_text(json.dumps(kept), encoding="utf-8")
 

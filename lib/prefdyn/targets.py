@@ -95,19 +95,13 @@ class TargetsRun(recipes.Spec):
         for step in self.run.steps():
             model, _ = recipes.load_checkpoint(run, step)
             objective, index = prober(step, model)
-            scale = recipes.scale_after(run, self.run.steps(), step)
-            for name, measures in self._at(model, objective, index, drawn, scale).items():
+            for name, measures in self._at(run, step, model, objective, index, drawn).items():
                 rows.append({"step": step, "choice": name, "n": len(index), **measures})
             tick(self.work() / len(self.run.steps()))
         pd.DataFrame(rows).to_parquet(folder / "targets.parquet")
 
     def _at(
-        self,
-        model: PreTrainedModel,
-        objective: Objective,
-        index: torch.Tensor,
-        drawn: dict[str, Batch],
-        scale: alignment.Direction,
+        self, run, step: int, model: PreTrainedModel, objective: Objective, index: torch.Tensor, drawn: dict[str, Batch]
     ) -> dict[str, dict[str, float]]:
         """Measures of every choice at one checkpoint."""
         ways = {
@@ -120,17 +114,17 @@ class TargetsRun(recipes.Spec):
             whole = {name: whole[name] + g for name, g in ascent.items()} if whole else ascent
             for name, way in ways.items():
                 parts[name].append(alignment.inner(ascent, way).item())
-        step = alignment.scaled(whole, scale)
-        length, step_length = alignment.norm(whole).item(), alignment.norm(step).item()
+        aware = alignment.scaled(whole, self.run.step_scale(run, step, whole))
+        length, aware_length = alignment.norm(whole).item(), alignment.norm(aware).item()
         found = {}
         for name, way in ways.items():
-            g, g_opt, size = np.array(parts[name]), alignment.inner(step, way).item(), alignment.norm(way).item()
+            g, g_opt, size = np.array(parts[name]), alignment.inner(aware, way).item(), alignment.norm(way).item()
             found[name] = {
                 "g": g.sum(),
                 "se": np.sqrt(len(g) * g.var(ddof=1)) if len(g) > 1 else np.nan,
                 "cosine": g.sum() / (length * size) if length * size > 0 else np.nan,
                 "g_opt": g_opt,
-                "cosine_opt": g_opt / (step_length * size) if step_length * size > 0 else np.nan,
+                "cosine_opt": g_opt / (aware_length * size) if aware_length * size > 0 else np.nan,
                 "logp": policy.sequence_logps(model, drawn[name]).mean().item(),
             }
         return found

@@ -18,6 +18,9 @@ from .data import Batch
 from .objectives import TokenWeights
 from .policy import token_logps
 
+BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW
+UPDATES = "updates"  # beside parameter names, which all have a dot in them
+
 
 class Objective(Protocol):
     """What the trainer and the measurement need to know of an objective; see `objectives`."""
@@ -64,7 +67,8 @@ def learning_rate(config: Optimisation, step: int) -> float:
 def make_optimizer(model: torch.nn.Module, config: Optimisation) -> torch.optim.Optimizer:
     """AdamW or plain SGD over all parameters. Raises ValueError for another name."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        decay = config.weight_decay
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, eps=EPS, weight_decay=decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     raise ValueError(f"optimizer={config.optimizer!r}: must be 'adamw' or 'sgd'")
@@ -89,19 +93,40 @@ def digest(index: torch.Tensor) -> int:
     return zlib.crc32(index.to(torch.int64).numpy().tobytes())
 
 
-def step_scale(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What AdamW divides a gradient by, inverted: 1 / (sqrt(v) + eps), by parameter name; {} for SGD or at the start.
+def second_moment(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's running mean of squared gradients by parameter name, and under UPDATES how many there were.
 
-    v is the running mean of squared gradients without the bias of its start. A step of AdamW is, but for momentum,
-    -lr * scale * gradient. See *Adam*, Kingma & Ba 2015, algorithm 1.
+    Empty for SGD and before the first update.
     """
+    known = {
+        name: optimizer.state[p] for name, p in model.named_parameters() if "exp_avg_sq" in optimizer.state.get(p, {})
+    }
+    if not known:
+        return {}
+    updates = next(iter(known.values()))["step"].reshape(1).float()
+    return {UPDATES: updates} | {name: state["exp_avg_sq"] for name, state in known.items()}
+
+
+def adamw_scale(
+    gradient: dict[str, torch.Tensor], moment: dict[str, torch.Tensor], clip: float
+) -> dict[str, torch.Tensor]:
+    """What AdamW would multiply this gradient with, by parameter, if it came next: 1 / (sqrt(v) + eps).
+
+    v is the running mean of squares with this gradient in it, without the bias of its start. But for momentum the step
+    is -lr * scale * gradient; no parameter moves by much more than lr, however small its earlier gradients were.
+    See *Adam*, Kingma & Ba 2015, algorithm 1.
+
+    Args: moment, of `second_moment`, {} before the first update. clip, the largest gradient norm of training (0: none):
+    the scale holds what clipping takes away too.
+    """
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+    kept = min(1.0, clip / max(norm.item(), 1e-30)) if clip > 0 else 1.0
+    updates = moment[UPDATES].item() if moment else 0
     scales = {}
-    if isinstance(optimizer, torch.optim.AdamW):
-        (group,) = optimizer.param_groups
-        for name, p in model.named_parameters():
-            if state := optimizer.state.get(p):
-                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
-                scales[name] = 1 / (v.sqrt() + group["eps"])
+    for name, g in gradient.items():
+        before = moment[name] if moment else torch.zeros_like(g)
+        v = (BETAS[1] * before + (1 - BETAS[1]) * (kept * g).square()) / (1 - BETAS[1] ** (updates + 1))
+        scales[name] = kept / (v.sqrt() + EPS)
     return scales
 
 
