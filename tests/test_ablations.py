@@ -8,6 +8,7 @@ import pytest
 from prefdyn import ablations, plan
 from prefdyn.params import check
 from prefdyn.runs import Run, RunStore
+from prefdyn.stats import Estimate
 
 SPEC = {"kind": "dpo", "beta": 0.1, "control": "full"}
 
@@ -110,7 +111,9 @@ def test_variants_are_compared_seed_by_seed_and_prompt_by_prompt():
     better, same = (row for row in table.itertuples())
     assert better.difference.mean == pytest.approx(1.0) and better.difference.low == pytest.approx(1.0)
     assert same.difference.mean == 0 and better.win_rate.mean == 1.0 and same.win_rate.mean == 0.5
-    assert same.effect == 0 or np.isnan(same.effect)
+    assert same.effect == Estimate(0.0, 0.0, 0.0, 2)
+    better_d = ablations.compare(rewards(plain=4.0, other=5.0), ["other"], ablations.over_training)["effect"][0]
+    assert better_d.low <= better_d.mean <= better_d.high and better_d.n == 2
     assert better.p < 0.05 and table["adjusted"].ge(table["p"]).all()
 
 

@@ -233,3 +233,30 @@ def test_signed_logarithmic_scales_have_few_ticks_and_a_zero():
         assert 0 in ticks and 3 <= len(ticks) <= 7 and list(ticks) == sorted(ticks)
     assert ax.get_xscale() == ax.get_yscale() == "symlog"
     plt.close()
+
+
+def test_forests_have_a_row_a_name_and_a_colour_a_measure():
+    _, ax = plt.subplots()
+    found = {
+        "first": [Estimate(1.0, 0.5, 1.5, 3), Estimate(-2.0, -2.5, -1.5, 3)],
+        "second": [Estimate(0.0, -1, 1, 3)] * 2,
+    }
+    plots.forest(ax, ["a", "b"], found, small=0.2)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"] and ax.yaxis_inverted()
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [[1.0, -2.0], [0.0, 0.0]]
+    assert [line.get_label() for line in dots] == ["first", "second"] and dots[0].get_color() != dots[1].get_color()
+    spans = [tuple(segment[:, 0]) for c in ax.collections for segment in c.get_segments()]
+    assert spans == [(0.5, 1.5), (-2.5, -1.5), (-1, 1), (-1, 1)]
+    plt.close()
+
+
+def test_marks_stand_in_their_cells():
+    _, ax = plt.subplots()
+    plots.marks(
+        ax, ["r1", "r2"], ["c1", "c2", "c3"], {("r2", "c3"): ("+", "blue", 0.4), ("r1", "c1"): ("?", "grey", 0.1)}
+    )
+    assert {(t.get_text(), t.get_position()) for t in ax.texts} == {("+", (2, 1)), ("?", (0, 0))}
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["c1", "c2", "c3"]
+    assert [p.get_alpha() for p in ax.patches] == [0.4, 0.1]
+    plt.close()

@@ -82,14 +82,21 @@ def over_training(replies: pd.DataFrame, variant: str, value: str = "reward") ->
     return np.trapezoid(curve, steps, axis=0) / (steps[-1] - steps[0])
 
 
+def _in_deviations(found: Comparison, y: np.ndarray) -> Estimate:
+    """Cohen's d: the difference and its interval in standard deviations of the paired differences y, taken as known."""
+    spread, difference = y.std(ddof=1), found.difference
+    bounds = (b / spread for b in (difference.low, difference.high)) if spread > 0 else (found.effect, found.effect)
+    return Estimate(found.effect, *map(float, bounds), difference.n)
+
+
 def compare(
     replies: pd.DataFrame, variants: Iterable[str], measure: Measure = final, value: str = "reward"
 ) -> pd.DataFrame:
     """Each variant against the plain method, paired by seed and prompt, with a correction for their number.
 
     Args: measure, `final` or `over_training`, of the column `value`. Returns a row a variant: variant, difference
-    (Estimate, points), effect (Cohen's d of the paired differences), win_rate (Estimate, ties half), p, and adjusted
-    (for all rows together).
+    (Estimate, points), effect (Estimate, Cohen's d of the paired differences), win_rate (Estimate, ties half), p, and
+    adjusted (for all rows together).
     """
     plain, rows = measure(replies, PLAIN, value), []
     for variant in variants:
@@ -99,7 +106,7 @@ def compare(
             {
                 "variant": variant,
                 "difference": found.difference,
-                "effect": found.effect,
+                "effect": _in_deviations(found, own - plain),
                 "win_rate": win_rate_interval(own, plain),
                 "p": found.p,
             }

@@ -1,0 +1,90 @@
+"""Chapters on preferences of one's own, very small: each executes where no true reward is known, and says so."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from prefdyn import claims, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+SMALL = {
+    "profile": "smoke",
+    "seeds": [0, 1],
+    "pairs": 24,
+    "check": 16,
+    "validation": 4,
+    "held_out": 8,
+    "max_prompt": 12,
+    "max_response": 8,
+    "vocab_size": 300,
+    "width": 16,
+    "sft_steps": 8,
+    "sft_batch": 8,
+    "batch": 8,
+    "epochs": 1.0,
+    "long_epochs": 2.0,
+    "iterations": 2,
+    "rollouts": 8,
+    "ppo_batch": 4,
+    "checkpoints": 3,
+    "probe": 12,
+    "ppo_probe": 8,
+    "choice_probe": 8,
+    "explore_prompts": 3,
+    "explore_samples": 2,
+    "variants": ["shift", "late"],
+    "dpo_negative": [[0, 0.0], [2, 1.0]],
+    "alternatives": ["beta"],
+}
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """Questions with a right and an evasive answer."""
+    rows = [
+        {
+            "prompt": f"What is {i} + {i}?",
+            "chosen": f"It is {2 * i}, naïvely.",
+            "rejected": f"No idea{'!' * (1 + i % 3)}",
+        }
+        for i in range(60)
+    ]
+    path = tmp_path / "preferences.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("chapter", [name for name in CHAPTERS if name != "06-exact"])
+def test_a_chapter_executes_on_a_file_of_preferences(chapter, dataset, tmp_path, monkeypatch):
+    """Whatever needs the true reward is left out; the ledger, alone, finds no run and judges no claim of the paper."""
+    monkeypatch.setenv("PREFDYN_RUNS", str(tmp_path / "runs"))
+    source = ROOT / "notebooks" / f"{chapter}.ipynb"
+    given = {name: value for name, value in SMALL.items() if name in cli.known_parameters(source)}
+    output = cli.execute_chapter(source, given | {"dataset": str(dataset)}, tmp_path / "out.ipynb")
+    shown = [
+        "".join(part["data"].get("text/plain", ""))
+        for cell in nbformat.read(output, as_version=4).cells
+        for part in cell.get("outputs", [])
+        if part.output_type == "display_data"
+    ]
+    text = "\n".join(shown)
+    assert len(shown) > 5 and "nan" not in text.lower().replace("naïve", "")
+    if chapter == "08-ledger":
+        assert "Of 7 claims: 7 not run" in text
+    else:
+        assert "not known" in text
+
+
+def test_figures_of_the_ledger_exist():
+    for rule in claims.RULES:
+        chapter, _, figure = rule.figure.partition("#")
+        assert chapter in CHAPTERS and f'\\"{figure}\\"' in (ROOT / "notebooks" / f"{chapter}.ipynb").read_text(), (
+            rule.name
+        )
+
+
+def test_the_ledger_waits_for_the_chapters_that_it_judges():
+    named = [line for line in (ROOT / "Snakefile").read_text().splitlines() if line.startswith("LEDGER = ")]
+    assert named == ['LEDGER = "08-ledger"'] and "08-ledger" in CHAPTERS
