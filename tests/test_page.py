@@ -221,6 +221,8 @@ def test_the_seeds_behind_a_number_are_kept(shown):
     kept = page.collect_values(notebook(shown))
     assert kept["gain"]["seeds"] == [1.0, 2.0, 3.0] and kept["gain"]["value"] == 2.0
     assert "seeds" not in kept["n"]
+    page.say("{many}", many=mean_interval(range(page.MOST_SEEDS + 1)))
+    assert "seeds" not in page.collect_values(notebook(shown))["many"]
 
 
 def test_signed_logarithmic_scales_have_few_ticks_and_a_zero():

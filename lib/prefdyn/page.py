@@ -22,6 +22,7 @@ from .runs import Run
 from .stats import Estimate
 
 KEY = "prefdyn"  # of the metadata that carries values
+MOST_SEEDS = 32  # values behind a number that are kept with it: more are examples, not seeds
 
 
 def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
@@ -43,7 +44,7 @@ def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
 def say(text: str, **values: Any) -> None:
     """Display Markdown in which {name} stands for a computed value; the values are kept for other pages as shown here.
 
-    Of an `Estimate` the values behind it are kept too, for the comparison with reference results.
+    Of an `Estimate` the values behind it, one a seed, are kept too: for the comparison with reference results.
 
     A value is a number, an `Estimate` or a text of our own (texts from data belong in `texts`); formats are those of
     `str.format`, e.g. {gain:+.1f}.
@@ -55,7 +56,7 @@ def say(text: str, **values: Any) -> None:
         number = number.item() if isinstance(number, np.generic) else number
         plain = number if isinstance(number, int | float | str) else str(number)
         kept[name] = {"value": plain, "text": format(value, formats.get(name, ""))}
-        if isinstance(value, Estimate) and value.values:
+        if isinstance(value, Estimate) and 0 < len(value.values) <= MOST_SEEDS:
             kept[name]["seeds"] = list(value.values)
     shown = text.format(**values)
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
