@@ -298,6 +298,11 @@ def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
     assert all(f.verdict == "not run" for f in claims.sensitivity(store, P, "beta"))
     store.ensure(specs, workers=1)
     found = {f.rule.name: f.verdict for f in claims.sensitivity(store, P, "beta")}
+    base = {f.rule.name: f.evidence for f in apply_rules(store, P)}
+    changed = {f.rule.name: f.evidence for f in claims.sensitivity(store, P, "beta")}
+    assert base["C1a"] != 0 and changed["C1a"] != base["C1a"]
+    again = {f.rule.name: f.evidence for f in claims.sensitivity(store, P, "kl")}
+    assert again["C1a"] == base["C1a"]  # DPO knows nothing of PPO's coefficient
     assert {n for n, v in found.items() if v != "not run"} == {"C1a", "C3a", "C3b", "C4a", "C4b"}  # raw G alone
 
 

@@ -208,11 +208,11 @@ def test_a_shade_needs_a_number(value):
         page.shaded([("step 0: w", ["a", "b"], [1.0, value])])
 
 
-def test_links_lead_and_cannot_become_markup(shown):
-    page.texts([{"figure": page.Link(EVIL, 'x.html#"><b>'), "plain": "a"}])
-    data, _ = shown[0]
-    assert '<a href="x.html#&quot;&gt;&lt;b&gt;">&lt;script&gt;' in data["text/html"]
-    assert "<script>" not in data["text/html"] and data["text/plain"] == f"{EVIL} | a"
+def test_markdown_of_our_own_is_shown_as_it_is(shown):
+    """Braces too, which in a sentence would stand for values."""
+    page.markdown("**a** {b} [fig](02-targets.html#fig-g)")
+    data, metadata = shown[0]
+    assert data["text/markdown"] == data["text/plain"] == "**a** {b} [fig](02-targets.html#fig-g)" and not metadata
 
 
 def test_the_seeds_behind_a_number_are_kept(shown):

@@ -241,12 +241,16 @@ RULES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule with what was found: its Estimate and verdict, or the reason why there is none."""
+    """A rule with what was found: its Estimate and verdict, or the reason why there is none.
+
+    evidence: a hash of the table that was judged; findings with the same one rest on the same numbers.
+    """
 
     rule: Rule
     found: Estimate | None
     verdict: str  # one of stats.judge, or "not run"
     reason: str = ""
+    evidence: int = 0
 
 
 def apply_rule(rule: Rule, table: pd.DataFrame) -> Finding:
@@ -260,7 +264,8 @@ def apply_rule(rule: Rule, table: pd.DataFrame) -> Finding:
     found = rule.measure(table)
     if not np.isfinite(found.mean):
         return Finding(rule, None, "not run", "what it measures is not known here")
-    return Finding(rule, found, stats.judge(found, rule.predicted, rule.threshold))
+    evidence = int(pd.util.hash_pandas_object(table, index=False).sum())
+    return Finding(rule, found, stats.judge(found, rule.predicted, rule.threshold), evidence=evidence)
 
 
 def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> list[Finding]:

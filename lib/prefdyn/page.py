@@ -10,7 +10,7 @@ import io
 import json
 import string
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -62,6 +62,11 @@ def say(text: str, **values: Any) -> None:
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
 
 
+def markdown(text: str) -> None:
+    """Display Markdown of our own as it is; texts from data belong in `texts`."""
+    display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
 def table(frame: pd.DataFrame, digits: int = 2) -> None:
     """Display a table; all text in it is escaped, so data cannot become part of the page."""
 
@@ -73,28 +78,13 @@ def table(frame: pd.DataFrame, digits: int = 2) -> None:
     display({"text/html": shown, "text/plain": frame.to_string(index=False)}, raw=True)
 
 
-class Link(NamedTuple):
-    """A text that leads to a place in the book, e.g. "02-targets.html#fig-g", in a table of `texts`."""
-
-    text: str
-    to: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def _cell(value: Any) -> str:
-    """HTML of a table's cell: everything escaped, links leading where they say."""
-    if isinstance(value, Link):
-        return f'<a href="{html.escape(value.to, quote=True)}">{html.escape(value.text)}</a>'
-    return html.escape(str(value))
-
-
 def texts(rows: Iterable[dict[str, Any]]) -> None:
     """Display rows of named texts (prompts, replies) as a table whose columns wrap; everything is escaped."""
     rows = list(rows)
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
     plain = "\n".join(" | ".join(map(str, row.values())) for row in rows)
     display(
         {
