@@ -8,23 +8,18 @@ import ast
 import difflib
 import re
 import shlex
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .controls import check_schedule
+from .profiles import ALTERNATIVES, COMMON, FILE, PRESETS, VARIANTS
 
 
 class ParameterError(ValueError):
     """A parameter that is not there or not allowed; the message says which, what was given and what is allowed."""
 
 
-Variant = Literal[
-    "shift", "switch", "reverse", "scaled", "decay", "early", "late", "without-top", "without-bottom", "heavy-top"
-]
-Alternative = Literal[
-    "probe", "seeds", "beta", "kl", "lr", "ppo_lr", "noise", "width", "decoding", "prompts", "reduction"
-]
 Schedule = list[tuple[int, float]]
 SCHEDULES = ("dpo_positive", "dpo_negative", "ppo_positive", "ppo_negative")
 
@@ -85,7 +80,7 @@ class Parameters(BaseModel):
     choice_probe: int = Field(description="pairs, demonstrations or replies for G with other choices of D'", ge=2)
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
-    variants: list[Variant] = Field(description="controlled variants of DPO and PPO to train")
+    variants: list[Literal[VARIANTS]] = Field(description="controlled variants of DPO and PPO to train")
     switch_at: float = Field(description="share of training after which variants switch", gt=0, lt=1)
     floor: float = Field(description="least factor of a gradual variant, at one end of training", ge=0, le=1)
     negative_scale: float = Field(description="constant factor on negative learning in the variant 'scaled'", ge=0)
@@ -93,7 +88,9 @@ class Parameters(BaseModel):
     dpo_negative: Schedule = Field(description="a free schedule of DPO's negative learning: factors at updates")
     ppo_positive: Schedule = Field(description="a free schedule of PPO's positive learning: factors at iterations")
     ppo_negative: Schedule = Field(description="a free schedule of PPO's negative learning: factors at iterations")
-    alternatives: list[Alternative] = Field(description="settings of the ledger's sensitivity table to compute")
+    alternatives: list[Literal[ALTERNATIVES]] = Field(
+        description="settings of the ledger's sensitivity table to compute"
+    )
     target_responses: Literal["final", "chosen", "unrelated"] = Field(
         description="D': the final policy's answers, chosen responses of check pairs, or answers to other prompts"
     )
@@ -141,162 +138,6 @@ class Parameters(BaseModel):
     def _reward(cls, value: Any) -> Any:
         """Accept True, as which a command line's reward=true is read."""
         return "true" if value is True else value
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {
-        "seeds": [0, 1],
-        "pairs": 128,
-        "check": 128,
-        "demonstrations": 512,
-        "validation": 64,
-        "held_out": 64,
-        "layers": 1,
-        "width": 32,
-        "heads": 2,
-        "sft_steps": 60,
-        "sft_lr": 1e-2,
-        "sft_batch": 32,
-        "lr": 1e-3,
-        "epochs": 2.0,
-        "long_epochs": 6.0,
-        "batch": 32,
-        "iterations": 6,
-        "rollouts": 32,
-        "ppo_batch": 16,
-        "ppo_lr": 1e-3,
-        "value_lr": 1e-3,
-        "reward_lr": 1e-3,
-        "reward_epochs": 2.0,
-        "kl_coefficient": 0.05,
-        "checkpoints": 4,
-        "probe": 128,
-        "ppo_probe": 128,
-        "choice_probe": 128,
-        "alternatives": ["seeds", "beta"],
-    },
-    "reader": {
-        "seeds": [0, 1, 2],
-        "pairs": 1024,
-        "check": 1024,
-        "demonstrations": 4096,
-        "validation": 128,
-        "held_out": 256,
-        "layers": 2,
-        "width": 64,
-        "heads": 4,
-        "sft_steps": 400,
-        "sft_lr": 3e-3,
-        "sft_batch": 32,
-        "lr": 1e-4,
-        "epochs": 2.0,
-        "long_epochs": 7.0,
-        "batch": 32,
-        "iterations": 30,
-        "rollouts": 64,
-        "ppo_batch": 32,
-        "ppo_lr": 3e-4,
-        "value_lr": 3e-3,
-        "reward_lr": 1e-3,
-        "reward_epochs": 4.0,
-        "kl_coefficient": 0.05,
-        "checkpoints": 5,
-        "probe": 1024,
-        "ppo_probe": 512,
-        "choice_probe": 512,
-        "alternatives": ["seeds", "beta", "kl", "lr", "noise", "width", "prompts"],
-    },
-    # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
-    # batch and passes are those that arXiv 2512.00778 (v2) states.
-    "paper": {
-        "seeds": [0, 1, 2],
-        "pairs": 61_000,
-        "check": 1024,
-        "demonstrations": 61_000,
-        "validation": 256,
-        "held_out": 805,
-        "layers": 2,
-        "width": 64,
-        "heads": 4,
-        "sft_steps": 500,
-        "sft_lr": 1e-5,
-        "sft_batch": 64,
-        "lr": 5e-5,
-        "epochs": 2.0,
-        "long_epochs": 8.0,
-        "batch": 512,
-        "iterations": 500,
-        "rollouts": 256,
-        "ppo_batch": 64,
-        "ppo_lr": 1e-6,
-        "value_lr": 5e-6,
-        "reward": "learned",
-        "reward_lr": 1e-5,
-        "reward_epochs": 1.0,
-        "kl_coefficient": 0.05,
-        "learned_kl": 0.05,
-        "checkpoints": 9,
-        "probe": 2048,
-        "ppo_probe": 1024,
-        "choice_probe": 1024,
-        "alternatives": [],
-        "max_prompt": 512,
-        "max_response": 512,
-        "micro_batch": 16,
-    },
-}
-COMMON = {
-    "profile": "reader",
-    "dataset": "world",
-    "model": "scratch",
-    "label_noise": 0.2,
-    "max_prompt": 24,
-    "max_response": 28,
-    "vocab_size": 2048,
-    "beta": 0.1,
-    "micro_batch": 0,
-    "optimizer": "adamw",
-    "temperature": 1.0,
-    "ppo_epochs": 2,
-    "reward": "true",
-    "clip": 0.2,
-    "value_clip": 0.0,
-    "kl_estimator": "k1",
-    "learned_kl": 0.2,
-    "gamma": 1.0,
-    "lam": 0.95,
-    "whiten": True,
-    "stop_kl": 0.0,
-    "variants": list(get_args(Variant)),
-    "switch_at": 0.5,
-    "floor": 0.1,
-    "negative_scale": 0.5,
-    **{name: [] for name in SCHEDULES},
-    "explore_prompts": 32,
-    "explore_samples": 16,
-    "target_responses": "final",
-    "target_prompts": "held_out",
-    "target_decoding": "greedy",
-    "target_reduction": "sum",
-    "method": "forward",
-}
-# Real text is longer and harder than the world's.
-FILE = {
-    "smoke": {"max_prompt": 24, "max_response": 32, "vocab_size": 512, "reward": "learned"},
-    "reader": {
-        "max_prompt": 32,
-        "max_response": 48,
-        "width": 128,
-        "held_out": 64,
-        "validation": 16,
-        "sft_steps": 500,
-        "sft_lr": 2e-3,
-        "sft_batch": 32,
-        "long_epochs": 8.0,
-        "reward": "learned",
-    },
-    "paper": {},
-}
 
 
 def presets(profile: str, dataset: str) -> dict[str, Any]:
