@@ -141,3 +141,9 @@ def test_overshoot_by_hand():
     table = pd.DataFrame(rows, columns=["variant", "seed", "step", "reward"]).sample(frac=1, random_state=0)
     found = ablations.overshoot(table, "reward").set_index("variant")["overshoot"]
     assert found.to_dict() == {"a": 1.5, "b": 0.0}
+
+
+def test_one_seed_has_no_interval_of_its_effect():
+    table = rewards(plain=4.0, better=5.0)
+    found = ablations.compare(table[table["seed"] == 0], ["better"])["effect"][0]
+    assert np.isnan(found.low) and np.isnan(found.high)

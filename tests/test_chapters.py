@@ -12,8 +12,8 @@ CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 SMALL = {
     "profile": "smoke",
     "seeds": [0, 1],
-    "pairs": 24,
-    "check": 16,
+    "pairs": 48,
+    "check": 32,
     "validation": 4,
     "held_out": 8,
     "max_prompt": 12,
@@ -29,9 +29,9 @@ SMALL = {
     "rollouts": 8,
     "ppo_batch": 4,
     "checkpoints": 3,
-    "probe": 12,
-    "ppo_probe": 8,
-    "choice_probe": 8,
+    "probe": 32,
+    "ppo_probe": 32,
+    "choice_probe": 16,
     "explore_prompts": 3,
     "explore_samples": 2,
     "variants": ["shift", "late"],
@@ -49,7 +49,7 @@ def dataset(tmp_path) -> Path:
             "chosen": f"It is {2 * i}, naïvely.",
             "rejected": f"No idea{'!' * (1 + i % 3)}",
         }
-        for i in range(60)
+        for i in range(120)
     ]
     path = tmp_path / "preferences.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -73,7 +73,7 @@ def test_a_chapter_executes_on_a_file_of_preferences(chapter, dataset, tmp_path,
     assert len(shown) > 5 and "nan" not in text.lower().replace("naïve", "")
     if chapter == "08-ledger":
         assert "Of 7 claims: 7 not run" in text
-    else:
+    elif chapter != "07-prediction":  # G needs no true reward
         assert "not known" in text
 
 

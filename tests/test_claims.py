@@ -141,6 +141,9 @@ PLANTED = {
     "C7d": (gains(0.0, way=-1.0), gains(0.0)),
 }
 UNDECIDED = {
+    "C1b": alignment().assign(
+        g_opt=lambda t: np.where(t["step"] == 14, -1.0, 1.0)
+    ),  # four in five is not more than that
     "C1a": alignment().assign(g=lambda t: np.where(t["seed"] == 0, -1.0, 1.0)),
     "C2a": by_seed(dpo=0.5, ppo=0.501),
     "C4a": pd.DataFrame({"seed": SEEDS, "correlation": [-0.5, 0.4, 0.1]}),
@@ -291,9 +294,8 @@ def test_other_parameters_find_no_runs_of_these(store):
 def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
     """beta changes DPO alone: two measurements; the rules on halves need more training and stay unjudged."""
     specs = claims.sensitivity_runs(P, "beta")
-    assert [s.run for s in specs] == [plan.dpo_run(P.model_copy(update={"beta": 0.3}), s) for s in P.seeds] or [
-        s.run.beta for s in specs
-    ] == pytest.approx([0.3, 0.3])
+    assert [s.run for s in specs] == [plan.dpo_run(claims.alternative(P, "beta"), s) for s in P.seeds]
+    assert claims.alternative(P, "beta").beta == pytest.approx(0.3)
     assert all(s.size == P.choice_probe and not s.aware for s in specs)
     assert all(f.verdict == "not run" for f in claims.sensitivity(store, P, "beta"))
     store.ensure(specs, workers=1)
@@ -326,3 +328,32 @@ def test_variants_are_found_beside_their_plain_method():
     runs = evidence.variant_runs(P, "ppo")
     assert {s for _, s in runs} == {0, 1} and len(runs) == 2 * 8
     assert runs["plain", 0] == plan.ppo_run(P, 0) and runs["plain", 0].control == controls.FULL
+
+
+@pytest.mark.parametrize(
+    ("given", "table", "said"),
+    [
+        ({"target_responses": "unrelated"}, "choices of D'", "D' is the floor itself"),
+        ({"iterations": 1}, "variants of PPO", "switch_at: given 0.5"),
+        ({"variants": []}, "variants of DPO", "no variant is asked for"),
+    ],
+)
+def test_rules_that_parameters_make_impossible_are_not_run(tmp_path, given, table, said):
+    p = check(SMALL | {"dataset": "world"} | given)
+    findings = [f for f in apply_rules(RunStore(tmp_path), p) if f.rule.table == table]
+    assert findings and all(f.verdict == "not run" and said in f.reason for f in findings)
+
+
+def test_the_last_pass_of_a_file_counts_the_pairs_that_there_are(tmp_path, monkeypatch):
+    """24 pairs in batches of 8 make passes of 3 updates, though 4,800 were asked for; accuracy counts updates."""
+    p = P.model_copy(update={"pairs": 4_800})
+    known = type("Known", (), {"pairs": [None] * 24})
+    monkeypatch.setattr(evidence.recipes, "dataset", lambda spec: known)
+    monkeypatch.setattr(evidence.plan, "data_spec", lambda p, seed: None)
+    monkeypatch.setattr(evidence.plan, "dpo_run", lambda p, seed, part, long: (part, seed))
+    tables = {
+        "checkpoints": pd.DataFrame({"label": "full", "seed": 0, "step": [0, 12], "check_accuracy": [0.0, 2.0]}),
+        "steps": pd.DataFrame({"label": "full", "seed": 0, "step": range(12), "accuracy": range(12)}),
+    }
+    monkeypatch.setattr(evidence, "_found", lambda store, specs, frame: tables[frame])
+    assert evidence.TABLES["long runs"](RunStore(tmp_path), p)["overfit"].tolist() == [(9 + 10 + 11) / 3 - 2]

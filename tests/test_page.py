@@ -262,3 +262,8 @@ def test_marks_stand_in_their_cells():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["c1", "c2", "c3"]
     assert [p.get_alpha() for p in ax.patches] == [0.4, 0.1]
     plt.close()
+
+
+def test_no_rows_make_no_table(shown):
+    page.texts([])
+    assert shown == []

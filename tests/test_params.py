@@ -430,7 +430,7 @@ def test_a_checkpoint_must_be_able_to_read_what_it_is_given(tmp_path):
 
 
 def test_the_command_of_a_chapter_names_what_differs_from_its_profile():
-    assert params.command(check({}), "02-targets") == "prefdyn execute 02-targets -p profile=reader"
-    p = check({"profile": "smoke", "beta": 0.3, "seeds": [4, 5], "dataset": "my pairs.jsonl"})
-    said = params.command(p, "05")
+    assert params.command(check({}), "02-targets", ["profile"]) == "prefdyn execute 02-targets -p profile=reader"
+    p = check({"profile": "smoke", "beta": 0.3, "seeds": [4, 5], "dataset": "my pairs.jsonl", "variants": ["late"]})
+    said = params.command(p, "05", ["profile", "dataset", "seeds", "lr", "beta"])
     assert said == "prefdyn execute 05 -p profile=smoke -p 'dataset=my pairs.jsonl' -p 'seeds=[4, 5]' -p beta=0.3"

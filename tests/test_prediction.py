@@ -69,3 +69,8 @@ def test_missing_columns_are_named(column):
         prediction.intervals(ALIGNMENT.drop(columns=column), STEPS)
     with pytest.raises(ValueError, match="lr"):
         prediction.intervals(ALIGNMENT, STEPS.drop(columns="lr"))
+
+
+def test_one_checkpoint_has_no_interval():
+    table = prediction.intervals(ALIGNMENT[ALIGNMENT["step"] == 0], STEPS)
+    assert table.empty and {"raw", "aware", "update", "change", "seed"} <= set(table.columns)

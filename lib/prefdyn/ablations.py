@@ -85,7 +85,12 @@ def over_training(replies: pd.DataFrame, variant: str, value: str = "reward") ->
 def _in_deviations(found: Comparison, y: np.ndarray) -> Estimate:
     """Cohen's d: the difference and its interval in standard deviations of the paired differences y, taken as known."""
     spread, difference = y.std(ddof=1), found.difference
-    bounds = (b / spread for b in (difference.low, difference.high)) if spread > 0 else (found.effect, found.effect)
+    if not np.isfinite(difference.low):  # one seed
+        bounds = (np.nan, np.nan)
+    elif spread > 0:
+        bounds = (difference.low / spread, difference.high / spread)
+    else:
+        bounds = (found.effect, found.effect)
     return Estimate(found.effect, *map(float, bounds), difference.n)
 
 

@@ -85,8 +85,8 @@ def inner(a: Direction, b: Direction) -> torch.Tensor:
 
 
 def scaled(direction: Direction, scale: Direction) -> Direction:
-    """`direction` times `scale`, parameter by parameter; an empty scale leaves it as it is."""
-    return {name: t * scale[name] for name, t in direction.items()} if scale else direction
+    """`direction` times `scale`, parameter by parameter."""
+    return {name: t * scale[name] for name, t in direction.items()}
 
 
 def _forward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:

@@ -20,6 +20,9 @@ runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: li
 app.add_typer(runs_app, name="runs")
 
 
+GIVEN = "parameters given"  # beside the values of a chapter: what it was executed with, but for the profile
+
+
 class CommandError(Exception):
     """Something the user can mend; the message says what."""
 
@@ -106,6 +109,8 @@ def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) ->
         ) from error
     _without_progress(notebook)
     values = page.collect_values(notebook)
+    changed = {name: value for name, value in given.items() if name != "profile"}
+    values |= {GIVEN: {"value": changed, "text": ", ".join(f"{name}={value!r}" for name, value in changed.items())}}
     if output is None:
         _replace(book / "_values" / f"{source.stem}.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
     _replace(target, nbformat.writes(notebook) + "\n")
@@ -149,8 +154,16 @@ def _reference_paths(profile: str) -> tuple[Path, Path]:
 
 
 def _edition(folder: Path) -> str:
-    """The profile of the executed chapters. Raises CommandError if they differ in it, or there are none."""
+    """The profile of the executed chapters.
+
+    Raises CommandError if they differ in it, if one was executed with other parameters too, or if there are none.
+    """
     known = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    for chapter, values in known.items():
+        if changed := values.get(GIVEN, {}).get("text"):
+            raise CommandError(
+                f"{chapter} was executed with {changed}; `prefdyn execute {chapter}` makes it as presets say"
+            )
     profiles = {values["profile"]["value"] for values in known.values() if "profile" in values}
     if len(profiles) != 1:
         there = ", ".join(sorted(profiles)) or "none is executed"

@@ -61,6 +61,8 @@ def _alignment(method: str) -> Callable:
 
 def _choices(store: RunStore, p: Parameters) -> pd.DataFrame:
     choices = plan.target_choices(p)
+    if "responses: unrelated" not in choices:
+        raise NotRun("with target_responses='unrelated' D' is the floor itself")
     return _found(store, {("dpo", s): plan.targets_run(p, plan.dpo_run(p, s), choices) for s in p.seeds}, "targets")
 
 
@@ -69,6 +71,8 @@ def _sureness(store: RunStore, p: Parameters) -> pd.DataFrame:
     tables = {m: _measurement(store, p, m, "sequences") for m in ("dpo", "ppo")}
     examples = {m: t.groupby("seed")["example"].nunique().min() for m, t in tables.items()}
     sequences = min(2 * examples["dpo"], examples["ppo"])  # a pair has two, a rollout one
+    if sequences < 4:
+        raise NotRun(f"with {sequences} sequences nothing can be said of signs")
     return pd.DataFrame(
         {"seed": seed}
         | {
@@ -91,7 +95,8 @@ def _long(store: RunStore, p: Parameters) -> pd.DataFrame:
     specs = {(c, s): plan.dpo_run(p, s, c, long=True) for c in ("full", "uniform") for s in p.seeds}
     ends = _found(store, specs, "checkpoints").sort_values("step").groupby(["label", "seed"]).last()
     steps = _found(store, specs, "steps")
-    batches = max(1, p.pairs // p.batch)  # a pass
+    pairs = len(recipes.dataset(plan.data_spec(p, p.seeds[0])).pairs)  # a file may hold fewer than were asked for
+    batches = max(1, pairs // p.batch)  # a pass
     trained = steps[steps["step"] >= steps["step"].max() + 1 - batches].groupby(["label", "seed"])["accuracy"].mean()
     return ends.assign(overfit=trained - ends["check_accuracy"]).reset_index()
 

@@ -84,8 +84,8 @@ class AlignmentRun(recipes.Spec):
         """Write alignment, sequences and tokens (parquet), with a row a step and, in turn, component, example, token.
 
         Columns of alignment: step, component, g, se, g_opt, se_opt, n, logp_targets, moved. G is in nats a unit of
-        learning rate; g_opt is the optimiser-aware one (equal to g under SGD, NaN if it was not asked for); moved is
-        the inner product of d with the update from this checkpoint to the next, in nats.
+        learning rate; g_opt is the optimiser-aware one (under SGD, g as far as clipping lets it through; NaN if it was
+        not asked for); moved is the inner product of d with the update from here to the next checkpoint, in nats.
         Columns of sequences: step, example, its contribution to each component and opt, that to g_opt of the whole; for
         DPO also omega, margin, and the scores of its chosen and rejected response.
         Columns of tokens: step and those of `token_table`.
@@ -168,9 +168,7 @@ class AlignmentRun(recipes.Spec):
             return torch.full_like(scores, torch.nan)
         parts = zip(batch.slices(256), weights.w.split(256), strict=True)
         scale = self.run.step_scale(run, step, alignment.gradient(model, parts, settings["temperature"]))
-        return (
-            alignment.token_scores(model, batch, alignment.scaled(direction, scale), **settings)[1] if scale else scores
-        )
+        return alignment.token_scores(model, batch, alignment.scaled(direction, scale), **settings)[1]
 
     def _moved(self, run, step: int, model: PreTrainedModel, direction: alignment.Direction) -> float:
         """<d, update from this checkpoint to the next one>; NaN at the last."""

@@ -79,8 +79,10 @@ def table(frame: pd.DataFrame, digits: int = 2) -> None:
 
 
 def texts(rows: Iterable[dict[str, Any]]) -> None:
-    """Display rows of named texts (prompts, replies) as a table whose columns wrap; everything is escaped."""
+    """Display rows of named texts (prompts, replies) as a table whose columns wrap, if any; all is escaped."""
     rows = list(rows)
+    if not rows:
+        return
     head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows

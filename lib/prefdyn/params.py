@@ -8,6 +8,7 @@ import ast
 import difflib
 import re
 import shlex
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -213,11 +214,14 @@ def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
     return result
 
 
-def command(p: Parameters, chapter: str) -> str:
-    """The command that executes a chapter with these parameters: its profile, and what differs from its preset."""
+def command(p: Parameters, chapter: str, known: Iterable[str]) -> str:
+    """The command that executes a chapter with these parameters: its profile, and what differs from its preset.
+
+    Args: known, the parameters that the chapter has.
+    """
     preset = presets(p.profile, p.dataset)
     changed = {name: value for name, value in p.model_dump().items() if value != preset.get(name, COMMON.get(name))}
-    given = {"profile": p.profile} | {name: value for name, value in changed.items() if name != "profile"}
+    given = {"profile": p.profile} | {name: value for name, value in changed.items() if name in known}
     return " ".join(["prefdyn execute", chapter, *(f"-p {shlex.quote(f'{k}={v}')}" for k, v in given.items())])
 
 

@@ -214,7 +214,7 @@ def ppo_run(
 def variant_run(p: Parameters, seed: int, method: str, name: str, long: bool = False) -> DPORun | PPORun:
     """A controlled variant (`variants`) of "dpo" or "ppo": the plain run of the same seed in all but its control.
 
-    long: of the over-long DPO run, over which a schedule is stretched.
+    long: of the over-long DPO run. A named schedule is stretched over it, a free one keeps its steps.
     """
     plain = dpo_run(p, seed, long=long) if method == "dpo" else ppo_run(p, seed)
     return plain.model_copy(update={"control": variants.control(p, method, name, plain.optimisation.steps)})

@@ -26,6 +26,7 @@ def intervals(alignment: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
     require_columns(alignment, ["seed", "step", "component", "g", "g_opt", "moved", "logp_targets"])
     require_columns(steps, ["seed", "step", "lr"])
     full = alignment[alignment["component"] == "full"].sort_values(["seed", "step"])
+    columns = ["seed", "step", "width", "rate", *PREDICTIONS, "change"]
     rates = steps.assign(rate=steps["lr"] * steps.get("updates", 1))
     rows = []
     for seed, one in full.groupby("seed"):
@@ -44,7 +45,7 @@ def intervals(alignment: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
                     "change": there.logp_targets - here.logp_targets,
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def quality(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:

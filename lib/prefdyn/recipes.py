@@ -17,7 +17,7 @@ from . import data, policy, world
 from .controls import FULL, Control
 from .evaluate import evaluate, win_rate
 from .objectives import DPO, SFT
-from .train import Objective, Optimisation, adamw_scale, checkpoint_steps, fit, second_moment
+from .train import Objective, Optimisation, adamw_scale, checkpoint_steps, fit, kept_by_clipping, second_moment
 
 if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
     from .runs import Run, RunStore
@@ -146,9 +146,10 @@ class Training(Spec):
         return checkpoint_steps(self.optimisation.steps, self.checkpoints)
 
     def step_scale(self, run: "Run", step: int, gradient: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the optimiser would multiply `gradient` with after `step` steps, by parameter name; {} for SGD."""
-        if self.optimisation.optimizer != "adamw":
-            return {}
+        """What clipping and the optimiser would multiply `gradient` with after `step` steps, by parameter name."""
+        if self.optimisation.optimizer == "sgd":
+            kept = kept_by_clipping(gradient, self.optimisation.clip)
+            return {name: torch.full_like(g, kept) for name, g in gradient.items()}
         path = run.folder / f"moment-{step}.safetensors"
         moment = {name: t.to(device()) for name, t in load_file(path).items()} if path.exists() else {}
         return adamw_scale(gradient, moment, self.optimisation.clip)

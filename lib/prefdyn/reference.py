@@ -20,17 +20,24 @@ class ReferenceError(ValueError):
 def collect(folder: Path) -> dict[str, dict[str, Any]]:
     """The numbers over seeds that executed chapters left in `folder`, as {"chapter:name": {value, seeds}}.
 
-    Raises ReferenceError if no chapter has left any.
+    Of numbers whose value is the mean of their seeds. Raises ReferenceError if no chapter has left any.
     """
-    found = {}
+    found, single = {}, 0
     for path in sorted(folder.glob("*.json")):
         for name, kept in json.loads(path.read_text(encoding="utf-8")).items():
             seeds = kept.get("seeds", [])
-            if len(seeds) > 1 and all(map(math.isfinite, seeds)):
+            single += len(seeds) == 1
+            if len(seeds) > 1 and all(map(math.isfinite, seeds)) and _is_mean(kept["value"], seeds):
                 found[f"{path.stem}:{name}"] = {"value": kept["value"], "seeds": seeds}
+    if not found and single:
+        raise ReferenceError("the executed chapters have one seed, and a reference needs the spread of several")
     if not found:
         raise ReferenceError(f"no executed chapter has left numbers in {folder.name}; `make book` executes them")
     return found
+
+
+def _is_mean(value: float, seeds: list[float]) -> bool:
+    return abs(value - sum(seeds) / len(seeds)) <= 1e-6 * max(1.0, abs(value))
 
 
 def tolerance(seeds: list[float]) -> float:
@@ -41,7 +48,7 @@ def tolerance(seeds: list[float]) -> float:
 
 def _status(reference: dict[str, Any], now: float | None) -> str:
     value, seeds = reference["value"], reference["seeds"]
-    if abs(value - sum(seeds) / len(seeds)) > 1e-6 * max(1.0, abs(value)):
+    if not _is_mean(value, seeds):
         return "edited"  # the value is not the mean of its seeds: the file is not as it was written
     if now is None:
         return "missing"

@@ -107,20 +107,26 @@ def second_moment(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> d
     return {UPDATES: updates} | {name: state["exp_avg_sq"] for name, state in known.items()}
 
 
+def kept_by_clipping(gradient: dict[str, torch.Tensor], clip: float) -> float:
+    """What clipping to the norm `clip` (0: none) multiplies a gradient with, at most 1."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
+    return min(1.0, clip / max(norm.item(), 1e-30)) if clip > 0 else 1.0
+
+
 def adamw_scale(
     gradient: dict[str, torch.Tensor], moment: dict[str, torch.Tensor], clip: float
 ) -> dict[str, torch.Tensor]:
     """What AdamW would multiply this gradient with, by parameter, if it came next: 1 / (sqrt(v) + eps).
 
     v is the running mean of squares with this gradient in it, without the bias of its start. But for momentum the step
-    is -lr * scale * gradient; no parameter moves by much more than lr, however small its earlier gradients were.
+    is -lr * scale * gradient, at most lr * sqrt((1 - beta2^(t + 1)) / (1 - beta2)) after t updates, however small
+    earlier gradients were. (With momentum a gradient's own part of a step is spread over those that follow.)
     See *Adam*, Kingma & Ba 2015, algorithm 1.
 
     Args: moment, of `second_moment`, {} before the first update. clip, the largest gradient norm of training (0: none):
     the scale holds what clipping takes away too.
     """
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
-    kept = min(1.0, clip / max(norm.item(), 1e-30)) if clip > 0 else 1.0
+    kept = kept_by_clipping(gradient, clip)
     updates = moment[UPDATES].item() if moment else 0
     scales = {}
     for name, g in gradient.items():
