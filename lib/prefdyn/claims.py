@@ -172,7 +172,7 @@ RULES = (
         "04-reweighting#fig-omega-signal",
     ),
     Rule(
-        "C4", "C4c", "long run: the final true reward is higher with omega than without (points)",
+        "C4", "C4c", "long run: the true reward of final sampled replies is higher with omega than without (points)",
         "a regulariser keeps what training too long would lose",
         "long runs", ("label", "seed", "reward_sampled"), _full_minus("uniform", "reward_sampled"), "above", 0.0,
         "04-reweighting#fig-uniform",
@@ -215,7 +215,7 @@ RULES = (
         "04-reweighting#fig-advantage-thirds",
     ),
     Rule(
-        "C7", "C7a", "some variant of DPO changes the final true reward (points, of either sign)",
+        "C7", "C7a", "some variant of DPO changes the reward of final greedy replies (points, of either sign)",
         "performance; an effect has to be surely larger than the smallest that matters",
         "variants of DPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
@@ -225,16 +225,16 @@ RULES = (
         "variants of PPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
     Rule(
-        "C7", "C7c", "some variant of DPO changes the mean reward over training (points, of either sign)",
+        "C7", "C7c", "some variant of DPO changes the mean reward of greedy replies over training (points, either sign)",
         "efficiency: what learns sooner has earned more on the way",
         "variants of DPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
-        SMALL_EFFECT, "05-ablations#fig-ablation-dpo",
+        SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
     Rule(
         "C7", "C7d", "some variant of PPO does (points, of either sign)",
         "the same for PPO",
         "variants of PPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
-        SMALL_EFFECT, "05-ablations#fig-ablation-ppo",
+        SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
 )  # fmt: skip
 
