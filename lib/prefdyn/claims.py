@@ -225,7 +225,7 @@ RULES = (
         "variants of PPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
     Rule(
-        "C7", "C7c", "some variant of DPO changes the mean reward of greedy replies over training (points, either sign)",
+        "C7", "C7c", "some variant of DPO changes the mean reward of greedy replies over training (points)",
         "efficiency: what learns sooner has earned more on the way",
         "variants of DPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
         SMALL_EFFECT, "05-ablations#fig-ablation-effects",
