@@ -2,15 +2,17 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from prefdyn import data, policy, world
+from prefdyn import chat, policy, world
 from prefdyn.data import pad
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from toys.models import ARCHITECTURES, Table, build, lift_float32, random_batch, tiny_policy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 TEXTS = ["Hello, wörld! 你好 🙂", "two\n\nlines and  spaces ", "dear ann , the fox lives in the den ."]
 
@@ -30,7 +32,7 @@ def test_tokenizers_survive_saving(tmp_path, tokenizer):
         ids = tokenizer(text)["input_ids"]
         assert loaded(text)["input_ids"] == ids
         assert loaded.decode(ids) == tokenizer.decode(ids)
-        assert data.prompt_ids(loaded, text, 99) == data.prompt_ids(tokenizer, text, 99)
+        assert chat.prompt_ids(loaded, [text]) == chat.prompt_ids(tokenizer, [text])
     assert (loaded.pad_token_id, loaded.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
@@ -43,7 +45,7 @@ def test_byte_pairs_lose_nothing():
 def test_every_word_of_the_world_is_one_token_and_comes_back():
     tokenizer = policy.word_tokenizer(world.vocabulary())
     reply = "dear ann , the fox lives in the den . with love ."
-    ids = data.response_ids(tokenizer, reply, 99)
+    (ids,) = chat.response_ids(tokenizer, [reply])
     assert len(ids) == len(reply.split()) + 1 and tokenizer.unk_token_id not in ids
     assert policy.decode(tokenizer, [ids]) == [reply]
 
@@ -102,6 +104,189 @@ def test_a_tokenizer_without_padding_is_given_its_end_of_text(tmp_path, policy_a
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     _, tokenizer = policy.load(str(tmp_path))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+
+
+VOCAB = 23
+WORDS = [f"w{i}" for i in range(VOCAB - 4)]  # beside the four special tokens
+
+
+def saved(folder: Path, architecture: str = "llama", **config) -> Path:
+    """A checkpoint of a tiny model and a tokenizer of as many words."""
+    model = build(architecture, **{"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1} | config)
+    policy.save(model, policy.word_tokenizer(WORDS), folder)
+    return folder
+
+
+def rename(folder: Path, change) -> None:
+    """Let `change` make other weights of the saved ones."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def configure(folder: Path, name: str = "config.json", **settings) -> None:
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+
+
+def refused(folder: Path, pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern) as error:
+        policy.load(str(folder))
+    assert str(error.value).startswith(f"model={str(folder)!r}: ")
+
+
+def without(part: str):
+    return lambda weights: {key: w for key, w in weights.items() if part not in key}
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (
+            without("q_proj"),
+            r"2 of the model's weights are not in the checkpoint and would be random: model.layers.0.*",
+        ),
+        (without("lm_head"), r"1 of the model's weights .*: lm_head.weight; save it with save_pretrained"),
+        (lambda w: w | {f"head.{i}": torch.zeros(2) for i in range(5)}, r"5 weights .*: head.0, .* and 2 more; remove"),
+        (lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}, r"begin with '_orig_mod.', .* strip it"),
+        (lambda w: {f"module.{k}": v for k, v in w.items()}, r"begin with 'module.', .* strip it"),
+        (lambda w: w | {"lm_head.weight": torch.zeros(25, 16)}, r"lm_head.weight \[25, 16\], not \[23, 16\]; take"),
+        (lambda w: w | {"model.norm.weight": torch.full((16,), torch.nan)}, r"its logits are not numbers \(NaN\)"),
+    ],
+)
+def test_weights_that_would_not_be_used_as_they_are_are_refused(tmp_path, change, pattern):
+    rename(saved(tmp_path), change)
+    refused(tmp_path, pattern)
+
+
+def test_buffers_of_older_versions_and_absent_tied_heads_are_nothing_to_complain_of(tmp_path):
+    """What GPT-2, GPT-NeoX and Llama checkpoints of earlier years hold and lack."""
+    old = {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4), "transformer.h.1.attn.bias": torch.ones(1, 1, 4, 4)}
+    rename(saved(tmp_path / "gpt2", "gpt2"), lambda w: w | old)
+    old = {"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 4, 4)}
+    old |= {f"gpt_neox.layers.0.attention.{name}": torch.ones(4) for name in ("masked_bias", "rotary_emb.inv_freq")}
+    rename(saved(tmp_path / "gpt_neox", "gpt_neox"), lambda w: w | old)
+    rename(saved(tmp_path / "llama", "llama, tied"), without("lm_head"))
+    for folder in tmp_path.iterdir():
+        policy.load(str(folder))
+    model, _ = policy.load(str(tmp_path / "llama"))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("settings", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "gptq"}])
+def test_quantised_weights_are_refused(tmp_path, settings):
+    configure(saved(tmp_path), quantization_config=settings)
+    refused(tmp_path, "its weights are quantised.*dequantise them first")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_refused(tmp_path, alone):
+    """Also where a whole model lies beside it, of which it would not be a part."""
+    if not alone:
+        saved(tmp_path)
+    configure(tmp_path, "adapter_config.json", peft_type="LORA", base_model_name_or_path="somewhere")
+    refused(tmp_path, "holds an adapter.*merge it into its base model")
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, r"pickled \(.bin\).*save it again with save_pretrained")
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path):
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    saved(tmp_path)
+    configure(tmp_path, model_type="own", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    refused(tmp_path, "could not be loaded")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path):
+    """The tokenizer of another model, and a padding token that was added; other control tokens may lie beyond."""
+    saved(tmp_path)
+    policy.word_tokenizer([*WORDS, "more", "words"]).save_pretrained(tmp_path)
+    refused(tmp_path, rf"its tokenizer has 2 tokens with ids from {VOCAB} on, and there are {VOCAB} embeddings")
+    tokenizer = policy.word_tokenizer(WORDS)
+    tokenizer.add_special_tokens({"additional_special_tokens": [policy.REPLY, "<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    policy.load(str(tmp_path))
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    tokenizer.save_pretrained(tmp_path)
+    refused(tmp_path, rf"its padding token '<added>' has the id {VOCAB + 1}, and there are {VOCAB} embeddings")
+
+
+def endless(folder: Path) -> Path:
+    """A checkpoint whose tokenizer knows no end of text and no padding."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("eos_token", "pad_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    return folder
+
+
+@pytest.mark.parametrize("ends", [5, [5, 6]])
+def test_the_end_of_text_of_generation_is_taken_where_the_tokenizer_has_none(tmp_path, ends):
+    configure(endless(saved(tmp_path)), "generation_config.json", eos_token_id=ends)
+    _, tokenizer = policy.load(str(tmp_path))
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 5
+
+
+@pytest.mark.parametrize("with_generation", [True, False])
+def test_without_any_end_of_text_no_reply_could_end(tmp_path, with_generation):
+    endless(saved(tmp_path))
+    configure(tmp_path, eos_token_id=None)
+    (tmp_path / "generation_config.json").unlink()
+    if with_generation:
+        configure(tmp_path, "generation_config.json", eos_token_id=None)
+    refused(tmp_path, "neither its tokenizer nor its generation configuration names an end of text")
+
+
+def test_a_revision_is_that_of_all_parts(tmp_path, monkeypatch):
+    """Of configuration, tokenizer and weights, and never with code from outside."""
+    folder, asked = saved(tmp_path), []
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        real = loader.from_pretrained
+
+        def noted(source, *args, real=real, name=loader.__name__, **kwargs):
+            asked.append((name, kwargs["revision"], kwargs["trust_remote_code"]))
+            return real(source, *args, **kwargs)
+
+        monkeypatch.setattr(loader, "from_pretrained", noted)
+    policy.load(str(folder), revision="abc")
+    ours = [call for call in asked if call[0] != "AutoConfig"] + [asked[0]]
+    assert ours == [(name, "abc", False) for name in ("AutoTokenizer", "AutoModelForCausalLM", "AutoConfig")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama, tied", "opt", "gemma"])
+def test_training_moves_the_row_of_the_padding_token(tmp_path, architecture):
+    """Where it is the end of text too, by what a change of that row does to the log-probs."""
+    words = build(architecture, pad_token_id=1).get_input_embeddings()
+    assert words.padding_idx == 1  # as transformers has it
+    model, _ = policy.load(str(saved(tmp_path, architecture, pad_token_id=1)))
+    model.double()
+    row, batch = model.get_input_embeddings().weight[1], pad([[5, 1, 6], [1, 7]], [[8, 1], [9, 5, 1]], 1)
+    (grad,) = torch.autograd.grad(policy.token_logps(model, batch).sum(), model.get_input_embeddings().weight)
+    step = 1e-3 * torch.nn.functional.normalize(grad[1], dim=0)
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            row += sign * step
+            values.append(policy.token_logps(model, batch).sum().item())
+    change = (values[0] - values[1]) / 2e-3
+    assert change == pytest.approx(grad[1].norm().item(), rel=1e-2) and change > 0.1
+
+
+def test_dropout_and_checkpointing_of_a_configuration_have_no_effect(tmp_path):
+    """Models are in evaluation mode from the start."""
+    folder, batch = saved(tmp_path, "gpt_neox"), random_batch(4)
+    plain = policy.token_logps(policy.load(str(folder))[0], batch)
+    configure(folder, hidden_dropout=0.5, attention_dropout=0.5, gradient_checkpointing=True)
+    model, _ = policy.load(str(folder))
+    assert model.config.hidden_dropout == 0.5 and not any(module.training for module in model.modules())
+    logps = policy.token_logps(model, batch)
+    assert torch.equal(logps, plain)
+    logps.sum().backward()
+    assert model.get_input_embeddings().weight.grad.isfinite().all()
 
 
 def test_log_probs_of_a_table_by_hand(double):
@@ -166,7 +351,7 @@ def greedy_without_cache(model, prompt: list[int], steps: int, eos: int) -> list
 def test_greedy_decoding_with_a_cache(architecture):
     """It equals whole passes one prompt at a time, and transformers' own generation."""
     model = build(architecture, seed=3)
-    prompts, limits = [[3], [5, 6, 7, 8], [9, 4]], {"max_response": 7, "eos_id": 1, "pad_id": 0}
+    prompts, limits = [[3], [5, 6, 7, 8], [9, 4]], {"max_response": 7, "ends": (1,), "pad_id": 0}
     out = policy.generate(model, prompts, **limits)
     with torch.no_grad():
         assert out == [greedy_without_cache(model, p, 7, eos=1) for p in prompts]
@@ -188,11 +373,11 @@ def test_a_reply_ends_with_its_end_of_text():
     """A table that counts up: 2 -> 3 -> 4 -> 1 (the end); what was answered first waits for the others."""
     successor = {0: 0, 1: 2, 2: 3, 3: 4, 4: 1}
     model = Table([[9.0 * (successor[x] == y) for y in range(5)] for x in range(5)])
-    limits = {"eos_id": 1, "pad_id": 0}
+    limits = {"ends": (1,), "pad_id": 0}
     assert policy.generate(model, [[2], [4], [3]], max_response=9, **limits) == [[3, 4, 1], [1], [4, 1]]
     assert policy.generate(model, [[2], [4]], max_response=2, **limits) == [[3, 4], [1]]
     # padding with the end of text, as tokenizers without a padding token do
-    assert policy.generate(model, [[2], [4]], max_response=9, eos_id=1, pad_id=1) == [[3, 4, 1], [1]]
+    assert policy.generate(model, [[2], [4]], max_response=9, ends=(1,), pad_id=1) == [[3, 4, 1], [1]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -201,7 +386,7 @@ def test_sampling_follows_the_softmax_at_its_temperature(temperature):
     logits = torch.tensor([-9.0, 0.0, 0.5, 1.0, 2.0])
     model = Table(logits.expand(5, 5).clone())
     drawn = policy.generate(
-        model, [[2]] * 4_000, max_response=1, eos_id=1, pad_id=0, temperature=temperature, seed=1, size=1_000
+        model, [[2]] * 4_000, max_response=1, ends=(1,), pad_id=0, temperature=temperature, seed=1, size=1_000
     )
     seen = torch.bincount(torch.tensor(drawn).flatten(), minlength=5)[1:].double()
     p = (logits[1:].double() / temperature).softmax(-1)
@@ -211,7 +396,7 @@ def test_sampling_follows_the_softmax_at_its_temperature(temperature):
 
 def test_sampling_depends_on_the_seed_alone(policy_and_tokenizer):
     model, _ = policy_and_tokenizer
-    settings = {"max_response": 6, "eos_id": 1, "pad_id": 0, "temperature": 1.0}
+    settings = {"max_response": 6, "ends": (1,), "pad_id": 0, "temperature": 1.0}
     prompts = [[5, 6], [7]] * 5
     one = policy.generate(model, prompts, seed=0, **settings)
     torch.manual_seed(99)
@@ -228,6 +413,28 @@ def test_entropy_and_kl_by_hand(double):
     by_hand = math.log(4) - 0.75 * math.log(3)
     assert entropy.item() == pytest.approx(2 * by_hand, abs=1e-6)
     assert kl.item() == pytest.approx(2 * (math.log(2) - by_hand), abs=1e-6)
+
+
+def test_entropy_and_kl_of_tokens_that_are_never_drawn(double):
+    """The same by hand with a third token of probability 0 in p, and in q too; only in q, KL is infinite."""
+    batch = pad([[0], [0]], [[1, 0], [0]], 0)
+    model = Table([[0.0, math.log(3), -math.inf]] * 3)
+    entropy, kl = policy.entropy_and_kl(model, Table([[0.0, 0.0, -math.inf]] * 3), batch)
+    by_hand = math.log(4) - 0.75 * math.log(3)
+    assert entropy.tolist() == pytest.approx([2 * by_hand, by_hand], abs=1e-6)
+    assert kl.tolist() == pytest.approx([2 * (math.log(2) - by_hand), math.log(2) - by_hand], abs=1e-6)
+    _, kl = policy.entropy_and_kl(model, Table([[0.0, 0.0, 0.0]] * 3), batch)
+    assert kl.tolist() == pytest.approx([2 * (math.log(3) - by_hand), math.log(3) - by_hand], abs=1e-6)
+    _, kl = policy.entropy_and_kl(model, Table([[0.0, -math.inf, 0.0], *[[0.0] * 3] * 2]), batch)
+    assert kl.isposinf().all()
+
+
+def test_positions_without_a_token_of_the_response_count_for_nothing(double):
+    """Whatever a model says there: an infinite KL, or no number at all."""
+    prompts, replies = [[0], [2]], [[1], [1, 1]]
+    model, reference = Table([[0.0, 0.0, 0.0]] * 3), Table([[0.0] * 3, [-math.inf, 0.0, 0.0], [0.0] * 3])
+    entropy, kl = policy.entropy_and_kl(model, reference, pad(prompts, replies, 0))
+    assert kl[0] == 0 and kl[1].isposinf() and entropy.isfinite().all()
 
 
 def test_entropy_and_kl_against_brute_force():

@@ -12,9 +12,8 @@ from prefdyn import controls, data, evaluate, plan, policy, ppo, recipes, train,
 from prefdyn.params import check
 from prefdyn.ppo import sequence_scores, token_values
 from prefdyn.runs import RunStore
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_model
 from toys.models import random_batch, tiny_policy
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 # 10 rollouts in minibatches of 4, 4 and 2, twice; checkpoints at 4 * (i / 2)^1.5 = 0, 1.4, 4.
 SMALL = {
@@ -60,11 +59,10 @@ def sft(store):
     return store.get(plan.sft_run(WORLD, seed=0))
 
 
-def with_random_head(kind: type, folder: Path) -> torch.nn.Module:
-    """A value or reward model whose numbers differ from token to token."""
-    model = ppo.headed(kind, folder, pad_id=0)
-    head = model.score if hasattr(model, "score") else model.classifier
-    torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+def with_random_head(bias: bool, folder: Path) -> ppo.Headed:
+    """A value (with a bias) or reward model whose numbers differ from token to token."""
+    model = ppo.headed(folder, bias)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     return model
 
 
@@ -124,20 +122,19 @@ def test_values_begin_at_the_mean_return(run, sft):
     lengths = [len(ids) for ids in replies]
     mean = sum(r * n for r, n in zip(rewards, lengths, strict=True)) / sum(lengths)
     assert abs(mean) > 0.3
-    value = ppo.headed(AutoModelForTokenClassification, run.folder / "policy", tokenizer.pad_token_id)
+    value = ppo.headed(run.folder / "policy", bias=True)
     load_model(value, run.folder / "value-0.safetensors")
-    assert value.classifier.bias.item() == pytest.approx(mean, rel=1e-4) and (value.classifier.weight == 0).all()
+    assert value.head.bias.item() == pytest.approx(mean, rel=1e-4) and (value.head.weight == 0).all()
 
 
 def test_training_moves_the_policy_and_its_values(run):
     last, steps = run.frame("checkpoints").iloc[-1], run.frame("steps")
     assert last["kl"] > 0.01 and (steps["kl"].iloc[1:] != 0).all() and (steps["gradient_norm"] > 0).all()
-    _, tokenizer = recipes.final_policy(run)
-    value = ppo.headed(AutoModelForTokenClassification, run.folder / "policy", tokenizer.pad_token_id)
+    value = ppo.headed(run.folder / "policy", bias=True)
     kept = []
     for step in STEPS:
         load_model(value, run.folder / f"value-{step}.safetensors")
-        kept.append(value.classifier.weight.clone())
+        kept.append(value.head.weight.clone())
     assert (kept[0] == 0).all() and not torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
 
 
@@ -291,7 +288,7 @@ def collected(spec, store, sft, value_model, size: int):
 
 def test_padding_and_batch_size_change_no_advantage(store, sft, monkeypatch):
     spec = plan.ppo_run(changed(kl_coefficient=0.5, gamma=0.9), seed=0)
-    value_model = with_random_head(AutoModelForTokenClassification, sft.folder / "policy")
+    value_model = with_random_head(True, sft.folder / "policy")
     whole = collected(spec, store, sft, value_model, 24)
     in_parts = collected(spec, store, sft, value_model, 5)
     monkeypatch.setattr(data, "pad", functools.partial(data.pad, side="left"))
@@ -304,7 +301,7 @@ def test_padding_and_batch_size_change_no_advantage(store, sft, monkeypatch):
 def test_what_is_collected_follows_from_its_parts(store, sft):
     """Score at the last token and penalties before it, discounted back, less the value: with lambda 1, by a loop."""
     spec = plan.ppo_run(changed(kl_coefficient=0.5, gamma=0.9, lam=1.0, whiten=False), seed=0)
-    value_model = with_random_head(AutoModelForTokenClassification, sft.folder / "policy")
+    value_model = with_random_head(True, sft.folder / "policy")
     model, tokenizer = recipes.final_policy(sft)
     reference, _ = tiny_policy(seed=3)
     prompts = recipes.dataset(spec.data).prompts["train"][:6]
@@ -335,7 +332,7 @@ def test_rollouts_are_sampled_at_the_temperature(store, sft):
     """They are the policy's replies at it, near 0 the greedy ones, and colder ones are likelier to the policy at 1."""
     model, tokenizer = recipes.final_policy(sft)
     prompts = recipes.dataset(plan.data_spec(WORLD, 0)).prompts["train"][:24]
-    value_model = ppo.headed(AutoModelForTokenClassification, sft.folder / "policy", tokenizer.pad_token_id)
+    value_model = ppo.headed(sft.folder / "policy", bias=True)
     limits, likelihood = {"max_prompt": 24, "max_response": 28}, {}
     for temperature in (1e-4, 0.5, 1.0, 1.5):
         spec = plan.ppo_run(changed(temperature=temperature), seed=0)
@@ -401,7 +398,7 @@ def test_training_in_parts_is_the_same_training(store, monkeypatch, micro_batch,
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_value_at_a_token_sees_what_is_before_it_alone(sft, side):
-    model = with_random_head(AutoModelForTokenClassification, sft.folder / "policy")
+    model = with_random_head(True, sft.folder / "policy")
     batch = random_batch(8, side=side)
     values = token_values(model, batch).detach()
     assert (values[~batch.response] == 0).all() and (values[batch.response] != 0).all()
@@ -417,38 +414,53 @@ def test_the_value_at_a_token_sees_what_is_before_it_alone(sft, side):
 
 def test_values_by_hand_of_one_sequence(sft):
     """The value at a token is the head's output at the token before it, in the sequence alone and unpadded."""
-    model = with_random_head(AutoModelForTokenClassification, sft.folder / "policy")
+    model = with_random_head(True, sft.folder / "policy")
     batch = random_batch(5)
     values = token_values(model, batch)
     for row in range(5):
-        out = model(input_ids=batch.ids[row : row + 1][:, batch.attention[row]]).logits[0, :, 0]
+        states = model.body(input_ids=batch.ids[row : row + 1][:, batch.attention[row]]).last_hidden_state
+        out = model.head(states)[0, :, 0]
         positions = batch.response[row].nonzero().flatten()
         assert torch.allclose(values[row, positions], out[positions - 1], atol=1e-5)
 
 
 def test_a_headed_model_is_the_policy_and_zero(sft, capfd):
-    """Silently: what is missing and what is left over is meant."""
-    kept, tokenizer = recipes.final_policy(sft)
-    for kind in (AutoModelForTokenClassification, AutoModelForSequenceClassification):
-        model = ppo.headed(kind, sft.folder / "policy", tokenizer.pad_token_id)
-        assert all(
-            torch.equal(a, b) for a, b in zip(model.base_model.parameters(), kept.base_model.parameters(), strict=True)
-        )
-        assert not model.training and model.config.num_labels == 1
+    """Silently: the output layer is left out on purpose."""
+    kept, _ = recipes.final_policy(sft)
     batch = random_batch(4)
-    assert (sequence_scores(model, batch) == 0).all()
+    for bias, read in ((True, token_values), (False, sequence_scores)):
+        model = ppo.headed(sft.folder / "policy", bias)
+        parts = zip(model.body.parameters(), kept.base_model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in parts) and not model.training
+        assert (model.head.bias is not None) == bias and (read(model, batch) == 0).all()
     assert capfd.readouterr().err == ""
+
+
+def test_a_head_has_weights_of_its_own():
+    """Those of the policy that it was made of stay where they are when it learns."""
+    model, _ = tiny_policy()
+    headed, before = ppo.Headed(model, bias=True), model.base_model.get_input_embeddings().weight.clone()
+    torch.nn.init.normal_(headed.head.weight)
+    token_values(headed, random_batch(4)).sum().backward()
+    torch.optim.SGD(headed.parameters(), lr=1.0).step()
+    assert torch.equal(model.base_model.get_input_embeddings().weight, before)
+    assert not torch.equal(headed.body.get_input_embeddings().weight, before)
+
+
+def test_what_a_head_cannot_replace():
+    with pytest.raises(ValueError, match="GPTNeoXModel has no output layer"):
+        ppo.Headed(tiny_policy()[0].base_model, bias=True)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_score_is_read_at_the_last_token_whatever_it_is(sft, side):
     """Token 0 is the padding token; a reply may hold it, and models without one pad with their end of text."""
-    model = with_random_head(AutoModelForSequenceClassification, sft.folder / "policy")
+    model = with_random_head(False, sft.folder / "policy")
     prompts, replies = [[5, 6], [7], [8, 9, 10]], [[11, 12, 0], [13], [0, 14]]
     scores = sequence_scores(model, data.pad(prompts, replies, 0, side))
     for prompt, reply, score in zip(prompts, replies, scores, strict=True):
-        states = model.base_model(input_ids=torch.tensor([prompt + reply])).last_hidden_state
-        assert score.item() == pytest.approx(model.score(states[0, -1]).item(), abs=1e-5)
+        states = model.body(input_ids=torch.tensor([prompt + reply])).last_hidden_state
+        assert score.item() == pytest.approx(model.head(states[0, -1]).item(), abs=1e-5)
     assert len(set(scores.tolist())) == 3
 
 
@@ -465,11 +477,20 @@ def test_a_reward_model_learns_the_preferences(store):
     assert len(new) == 128 and np.isfinite(new).all(axis=None)
     assert (np.sign(new["difference"]) == np.sign(new["true_difference"])).mean() > 0.5 + 2 / 23
     names = {p.name for p in learned.folder.iterdir()}
-    assert names == {"steps.parquet", "check.parquet", "model", "spec.json", "provenance.json", "manifest.json"}
+    assert names == {
+        "steps.parquet",
+        "check.parquet",
+        "model.safetensors",
+        "spec.json",
+        "provenance.json",
+        "manifest.json",
+    }
 
 
 @pytest.mark.parametrize(("micro_batch", "parts_of"), [(1, {1}), (6, {3, 1})])
-def test_a_reward_model_learns_in_parts_what_it_learns_at_once(store, sft, monkeypatch, micro_batch, parts_of):
+def test_a_reward_model_learns_in_parts_what_it_learns_at_once(
+    store, sft, tmp_path, monkeypatch, micro_batch, parts_of
+):
     """Batches of 16 pairs, of two sequences each, in parts of 1 or of 3, with 1 left over."""
     spec = plan.reward_run(changed(reward_epochs=2.0), seed=0)
     whole = store.get(in_parts(spec, 0, lr=0.5))
@@ -478,8 +499,10 @@ def test_a_reward_model_learns_in_parts_what_it_learns_at_once(store, sft, monke
     assert sizes == parts_of
     for name in ("steps", "check"):
         assert np.allclose(whole.frame(name), parts.frame(name), rtol=1e-4, atol=1e-5), name
-    models = (folder / "model.safetensors" for folder in (whole.folder / "model", parts.folder / "model"))
-    assert_same_model(*models, sft.folder / "policy" / "model.safetensors")
+    start = ppo.headed(sft.folder / "policy", bias=False)
+    save_model(start, str(tmp_path / "start.safetensors"))
+    models = (run.folder / "model.safetensors" for run in (whole, parts))
+    assert_same_model(*models, tmp_path / "start.safetensors")
 
 
 @pytest.mark.parametrize("at", [10, 55, 99])
@@ -510,7 +533,8 @@ def test_ppo_learns_from_a_reward_model(store, run):
     assert steps["length"].iloc[0] == run.frame("steps")["length"].iloc[0]  # the same first rollouts
     assert steps["reward"].iloc[0] != run.frame("steps")["reward"].iloc[0]
     _, tokenizer = recipes.final_policy(store.get(spec.sft))
-    head = AutoModelForSequenceClassification.from_pretrained(store.get(spec.reward).folder / "model").eval()
+    head = ppo.headed(store.get(spec.sft).folder / "policy", bias=False)
+    load_model(head, store.get(spec.reward).folder / "model.safetensors")
     batch = random_batch(6)
     scored = spec.score(store, tokenizer)([""] * 6, batch)
     assert torch.allclose(scored, sequence_scores(head, batch)) and not scored.requires_grad

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from prefdyn import alignment, data, evaluate, plan, policy, recipes, targets
+from prefdyn import alignment, chat, data, evaluate, measure, plan, policy, recipes, targets
 from prefdyn.objectives import DPO, PPO, SFT
 from prefdyn.params import check
 from prefdyn.runs import RunStore
@@ -35,6 +35,12 @@ SMALL = {
     "temperature": 0.7,
 }
 WORLD = check(SMALL)
+
+
+def changed(**given):
+    return check(SMALL | given)
+
+
 RUNS = {"sft": plan.sft_run, "dpo": plan.dpo_run, "ppo": plan.ppo_run}
 CHOICES = plan.target_choices(WORLD)
 
@@ -104,7 +110,8 @@ def test_blocks_are_the_gradient_of_the_loss_in_parts(double, monkeypatch, kind,
     assert len(blocks) == len(shares)
     expected = [torch.autograd.grad(-own.sum(), list(parameters.values()), retain_graph=True) for own in shares]
     largest = max(g.abs().max() for block in expected for g in block)
-    for block, grads in zip(blocks, expected, strict=True):
+    for (rows, w, block), grads in zip(blocks, expected, strict=True):
+        assert rows.ids.shape == w.shape
         for name, grad in zip(parameters, grads, strict=True):
             assert (block[name] - grad).abs().max() < 1e-10 * largest, name
     batch = objective.batch(index)
@@ -112,7 +119,7 @@ def test_blocks_are_the_gradient_of_the_loss_in_parts(double, monkeypatch, kind,
         w = objective.weights(policy.token_logps(model, batch, objective.temperature), batch, index).w
     whole = alignment.gradient(model, [(batch, w)], objective.temperature)
     for name in whole:
-        assert (sum(block[name] for block in blocks) - whole[name]).abs().max() < 1e-10 * largest, name
+        assert (sum(block[name] for _, _, block in blocks) - whole[name]).abs().max() < 1e-10 * largest, name
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -191,6 +198,65 @@ def test_g_of_ppo_from_its_whole_surrogate(store):
     assert row["cosine"] == pytest.approx(g / (grads[0].norm() * grads[1].norm()).item(), abs=1e-4)
 
 
+@pytest.fixture
+def wrong_forward(monkeypatch):
+    """Forward mode that is wrong by a hundredth, for whatever is measured on more than one row."""
+    forward = alignment._forward
+
+    def wrong(model, batch, direction, temperature):
+        logps, scores = forward(model, batch, direction, temperature)
+        return logps, (1.01 if len(batch) > 1 else 1.0) * scores
+
+    monkeypatch.setitem(alignment.METHODS, "forward", wrong)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_measurement_that_is_wrong_is_not_kept(store, tmp_path, wrong_forward, kind, aware):
+    """Every table that depends on it is refused, with the step and both numbers."""
+    spec = RUNS[kind](WORLD, seed=0)
+    store.get(spec)
+    asked = plan.alignment_run(changed(probe=19, ppo_probe=19), spec, probe="check", aware=aware)
+    with pytest.raises(alignment.MeasurementError, match=r"step 0, method='forward': .* G = .* backward pass"):
+        store.get(asked)
+    other = plan.targets_run(changed(choice_probe=19), spec, {"as declared": CHOICES["as declared"]})
+    with pytest.raises(alignment.MeasurementError, match=r"step 0, method='forward': .* G = .* backward pass"):
+        store.get(other)
+    assert store.find(asked) is None and store.find(other) is None
+
+
+@pytest.mark.parametrize(("aware", "rows"), [(True, [40, 40]), (False, [8])])
+def test_what_is_checked(store, tmp_path, monkeypatch, aware, rows):
+    """All rows of a probe, along d and along the optimiser's steps, where their gradient is there, else the first."""
+    spec, seen, check_scores = plan.dpo_run(WORLD, seed=0), [], alignment.check
+
+    def noted(where, method, w, *rest):
+        seen.append((where, method, len(w)))
+        return check_scores(where, method, w, *rest)
+
+    store.get(spec)
+    monkeypatch.setattr(measure, "CHECKED", 8)
+    monkeypatch.setattr(alignment, "check", noted)
+    asked = plan.alignment_run(WORLD, spec, probe="train", aware=aware).model_copy(update={"method": "central"})
+    asked.compute(tmp_path, store, lambda work: None)  # not by its key, which knows no other number of rows
+    names = ["", ", for the optimiser"]
+    expected = [(f"step {s}{name}", "central", n) for s in spec.steps() for name, n in zip(names, rows, strict=False)]
+    assert seen == expected
+
+
+def test_what_is_infinite_and_stays_so_has_not_moved(monkeypatch):
+    """An output bias of -inf: the way from one checkpoint to the next is that of all other parameters."""
+    spec = plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0))
+    model, after = build("phi"), build("phi")
+    with torch.no_grad():
+        for one in (model, after):
+            one.lm_head.bias[-3:] = -torch.inf
+        after.lm_head.bias[:4] += 0.5
+    monkeypatch.setattr(recipes, "load_checkpoint", lambda run, step: (after, None))
+    direction = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    assert spec._moved(None, 0, model, direction) == pytest.approx(4 * 0.5)
+
+
 @pytest.mark.parametrize(("size", "blocks"), [(3, 3), (1, 1)])
 def test_there_are_no_more_blocks_than_examples(store, size, blocks):
     """One block has no spread, so no error is claimed."""
@@ -220,8 +286,8 @@ def test_final_responses_are_what_the_final_policy_answers(final, part):
     drawn = texts(TargetSpec(prompts=part, count=7).draw(spec, model, tokenizer), tokenizer)
     assert [prompt for prompt, _ in drawn] == prompts
     for prompt, said in drawn:
-        ids = data.prompt_ids(tokenizer, prompt, 24)
-        (alone,) = policy.generate(model, [ids], max_response=28, eos_id=1, pad_id=0)
+        (ids,) = chat.prompt_ids(tokenizer, [prompt])
+        (alone,) = policy.generate(model, [ids[-24:]], max_response=28, ends=(1,), pad_id=0)
         assert said == policy.decode(tokenizer, [alone])[0]
 
 

@@ -13,21 +13,29 @@ negative log-likelihood of D' by about -lr * G.
 AdamW does not step along the gradient but along P grad L, with a scale P for each parameter. The optimiser-aware
 alignment takes the scaled direction P d in the place of d, with the P that the gradient of the whole probe would meet
 if it came next: then a step of size lr changes it by about -lr times *that*, momentum aside, and parts still add up.
+
+Forward mode, reverse mode and finite differences reach G by different ways through torch and a model's code, so one
+checks the other (`check`), in every measurement.
 """
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import controls
-from .data import Batch
+from .data import Batch, pad
+from .faithful import faithful
 from .objectives import TokenWeights
-from .policy import response_columns, response_logits, token_logps
+from .policy import logps_of, response_columns, response_logits, token_logps
 
 Direction = dict[str, torch.Tensor]  # one tensor a parameter, by its name
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probs and alignment scores of tokens, [N, T] each
+
+
+class MeasurementError(ArithmeticError):
+    """A measurement that does not agree with a backward pass; the message says where, and both numbers."""
 
 
 class _ResponseLogits(torch.nn.Module):
@@ -44,15 +52,21 @@ class _ResponseLogits(torch.nn.Module):
 def gradient(
     model: PreTrainedModel, parts: Iterable[tuple[Batch, torch.Tensor]], temperature: float = 1.0
 ) -> Direction:
-    """sum_tok w_tok * grad log pi(tok), accumulated over parts of (batch, token weights [N, T])."""
+    """sum_tok w_tok * grad log pi(tok), accumulated over parts of (batch, token weights [N, T]).
+
+    Over the parameters that require a gradient. Raises ValueError if there is none.
+    """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError("no parameter of the model requires a gradient, so that nothing can move")
     total = {name: torch.zeros_like(p) for name, p in named.items()}
-    for batch, w in parts:
-        value = (w * token_logps(model, batch, temperature)).sum()
-        grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-        for name, grad in zip(named, grads, strict=True):
-            if grad is not None:
-                total[name] += grad
+    with faithful(model):
+        for batch, w in parts:
+            value = (w * token_logps(model, batch, temperature)).sum()
+            grads = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+            for name, grad in zip(named, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad
     return total
 
 
@@ -82,6 +96,11 @@ def norm(direction: Direction) -> torch.Tensor:
 def inner(a: Direction, b: Direction) -> torch.Tensor:
     """Inner product over all parameters."""
     return sum((a[name] * b[name]).sum() for name in a)
+
+
+def precision(direction: Direction) -> torch.dtype:
+    """The coarsest of its precisions."""
+    return max((t.dtype for t in direction.values()), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def scaled(direction: Direction, scale: Direction) -> Direction:
@@ -127,12 +146,24 @@ def _log_softmax_with_tangent(logits: torch.Tensor, tangent: torch.Tensor, batch
 
 @torch.no_grad()
 def _central(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
-    """Central difference of two passes at theta +- eps * d, beside a plain one; any kernel, float32 or better."""
+    """Central difference of two passes at theta +- eps * d, beside a plain one; any kernel, float32 or better.
+
+    Raises ValueError if what moves, or the logits that it moves, are coarser: then most of the difference is rounding.
+    """
     named = {name: p for name, p in model.named_parameters() if name in direction}
     saved = {name: p.clone() for name, p in named.items()}
-    # the step that balances truncation and rounding, relative to the size of the parameters
-    scale = 1e-4 if model.dtype == torch.float32 else 1e-6
-    eps = (scale * norm(saved) / norm(direction).clamp(min=1e-30)).item()
+    logits, columns = response_logits(model, batch, temperature)
+    coarse = {t.dtype for t in (*named.values(), logits)} & {torch.float16, torch.bfloat16}
+    if coarse:
+        raise ValueError(
+            f"method='central': a difference of two passes in {', '.join(sorted(map(str, coarse)))} is mostly "
+            "rounding; use method='forward' or a model in float32"
+        )
+    # the step that balances truncation and rounding, relative to the size of the parameters; in float64 there is
+    # rounding to float32 too, in softmax and norms
+    scale = 1e-4 if precision(saved) == torch.float32 else 1e-5
+    size = norm({name: p.masked_fill(~p.isfinite(), 0.0) for name, p in saved.items()})  # a bias may be -inf
+    eps = (scale * size / norm(direction).clamp(min=1e-30)).item()
     values = []
     try:
         for signed in (eps, -eps):
@@ -142,7 +173,7 @@ def _central(model: PreTrainedModel, batch: Batch, direction: Direction, tempera
     finally:
         for name, p in named.items():
             p.copy_(saved[name])
-    return token_logps(model, batch, temperature), (values[0] - values[1]) / (2 * eps)
+    return logps_of(logits, columns, batch), (values[0] - values[1]) / (2 * eps)
 
 
 def _backward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
@@ -179,9 +210,71 @@ def token_scores(
     missing = set(direction) - {name for name, _ in model.named_parameters()}
     if missing:
         raise ValueError(f"direction has no counterpart in the model for {sorted(missing)[:3]}")
-    parts = [METHODS[method](model, part, direction, temperature) for part in batch.slices(size)]
+    with faithful(model):
+        parts = [METHODS[method](model, part, direction, temperature) for part in batch.slices(size)]
     logps, scores = (torch.cat(column) for column in zip(*parts, strict=True))
     return logps, scores.masked_fill(~batch.response, 0.0)
+
+
+# How far sum w a may be from <grad L, d>, by method and by the coarsest precision that moves, in units of the sum of
+# |w a| / (1 - p): rounding acts on logits, and a / (1 - p) is how a token's log-odds move. Ten times and more what was
+# seen over architectures and policies. Models in float64 pass through float32 in softmax and norms; bfloat16 keeps 8
+# bits, float16 11; a central difference is off by up to some 1e-3.
+TOLERANCES = {
+    "forward": {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2},
+    "central": {torch.float64: 1e-2, torch.float32: 1e-2},
+}
+
+
+def check(where: str, method: str, w: torch.Tensor, scored: Scored, ascent: Direction, direction: Direction) -> float:
+    """Compare scores with a backward pass: sum_tok w_tok a_tok is <grad L, d>, up to rounding.
+
+    Args: where, the step or whatever else names the measurement. w, weights of the tokens [N, T] that were `scored`
+    by `method` along `direction`. ascent, the `gradient` of these tokens with these weights.
+    Returns the difference as a part of what rounding explains. Raises MeasurementError if that is more than all.
+    """
+    logps, scores = (t.double() for t in scored)
+    coarsest = precision(direction)
+    found, expected = (w * scores).sum().item(), float(inner(ascent, direction))
+    moved = (w * scores).abs() / (-logps.expm1()).clamp(min=torch.finfo(coarsest).eps)
+    explained = TOLERANCES[method][coarsest] * moved.sum().item()
+    if not abs(found - expected) <= explained:  # also where one of them is no number
+        raise MeasurementError(
+            f"{where}, method={method!r}: the scores give G = {found:.6g}, a backward pass {expected:.6g}, and "
+            f"rounding explains a difference of {explained:.1g} at most; the model is not one function in both, or an "
+            "operation in it has a wrong derivative"
+        )
+    return abs(found - expected) / explained if explained else 0.0
+
+
+def _short_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """A prompt of ids from all over the vocabulary, the end of text among them, and likely tokens as a response."""
+    known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    prompt = [0, known // 3, tokenizer.eos_token_id, 2 * known // 3]
+    asked = pad([prompt], [[0]], tokenizer.pad_token_id).to(model.device)
+    with torch.no_grad():
+        likely = response_logits(model, asked)[0][0, -1].topk(3).indices.tolist()
+    return pad([prompt], [likely], tokenizer.pad_token_id).to(model.device)
+
+
+def choose_method(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """ "forward", or "central" where a model has no forward derivative: tried out and checked on one short row.
+
+    Raises MeasurementError that says why of both if neither works.
+    """
+    failures = []
+    with faithful(model):
+        row = _short_row(model, tokenizer)
+        w = row.response.to(torch.float32)
+        direction = gradient(model, [(row, w)])
+        for method in TOLERANCES:
+            try:
+                check("on one short row", method, w, token_scores(model, row, direction, method), direction, direction)
+            except Exception as error:  # whatever torch or the model's code raises, the other method may do
+                failures.append(f"{method}: {type(error).__name__}: {error}")
+            else:
+                return method
+    raise MeasurementError("this model cannot be measured by any method. " + " | ".join(failures))
 
 
 def by_sequence(weights: TokenWeights, scores: torch.Tensor, control: str) -> torch.Tensor:

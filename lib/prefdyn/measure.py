@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .runs import RunStore
 
 TOKENS_OF = 256  # examples of a probe whose tokens are kept one by one
+CHECKED = 256  # rows whose scores are checked where the gradient of the whole probe is not needed
 
 
 def token_table(
@@ -117,7 +118,7 @@ class AlignmentRun(recipes.Spec):
         settings = {"method": self.method, "temperature": objective.temperature}
         logps, scores = alignment.token_scores(model, batch, direction, **settings)
         weights = objective.weights(logps, batch, index)
-        scores_opt = self._aware(run, step, model, batch, weights, direction, scores, settings)
+        scores_opt = self._checked(run, step, model, batch, weights, direction, (logps, scores), settings)
         n = len(index)
 
         def by_example(scores: torch.Tensor) -> dict[str, np.ndarray]:
@@ -152,7 +153,7 @@ class AlignmentRun(recipes.Spec):
         tokens = token_table(batch, tokenizer, weights, logps, scores, scores_opt, n, TOKENS_OF)
         return {"alignment": summary, "sequences": pd.DataFrame(sequences), "tokens": tokens}
 
-    def _aware(
+    def _checked(
         self,
         run,
         step: int,
@@ -160,15 +161,23 @@ class AlignmentRun(recipes.Spec):
         batch: Batch,
         weights: TokenWeights,
         direction: alignment.Direction,
-        scores: torch.Tensor,
+        scored: alignment.Scored,
         settings: dict,
     ) -> torch.Tensor:
-        """Scores along P d, with what the optimiser would scale the gradient of the whole probe by, if it came next."""
+        """Check the scores against a backward pass, and return those along P d, NaN if they were not asked for.
+
+        P is what the optimiser would scale the gradient of the whole probe by, if it came next. That gradient checks
+        all scores at no cost; without it one of the first rows is made, and checks theirs.
+        """
+        own, w = (batch, weights.w) if self.aware else (batch.slices(CHECKED)[0], weights.w[:CHECKED])
+        ascent = alignment.gradient(model, zip(own.slices(256), w.split(256), strict=True), settings["temperature"])
+        alignment.check(f"step {step}", self.method, w, tuple(t[: len(own)] for t in scored), ascent, direction)
         if not self.aware:
-            return torch.full_like(scores, torch.nan)
-        parts = zip(batch.slices(256), weights.w.split(256), strict=True)
-        scale = self.run.step_scale(run, step, alignment.gradient(model, parts, settings["temperature"]))
-        return alignment.token_scores(model, batch, alignment.scaled(direction, scale), **settings)[1]
+            return torch.full_like(scored[1], torch.nan)
+        direction = alignment.scaled(direction, self.run.step_scale(run, step, ascent))
+        scored = alignment.token_scores(model, batch, direction, **settings)
+        alignment.check(f"step {step}, for the optimiser", self.method, w, scored, ascent, direction)
+        return scored[1]
 
     def _moved(self, run, step: int, model: PreTrainedModel, direction: alignment.Direction) -> float:
         """<d, update from this checkpoint to the next one>; NaN at the last."""
@@ -177,4 +186,10 @@ class AlignmentRun(recipes.Spec):
             return float("nan")
         after = dict(recipes.load_checkpoint(run, following[0])[0].named_parameters())
         before = dict(model.named_parameters())
-        return alignment.inner(direction, {name: (after[name] - before[name]).detach() for name in direction}).item()
+        # what stays where it is has not moved, though it is -inf
+        update = {
+            name: torch.where(after[name] == p, 0.0, after[name] - p).detach()
+            for name, p in before.items()
+            if name in direction
+        }
+        return alignment.inner(direction, update).item()

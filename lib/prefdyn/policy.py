@@ -1,15 +1,21 @@
 """A policy: a causal language model and its tokenizer; per-token log-probs, entropy, KL, and decoding."""
 
+import functools
+import inspect
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedModel,
@@ -17,8 +23,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils.logging import disable_progress_bar
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .data import Batch
+from .faithful import faithful, plain_embeddings
 
 if not sys.stderr.isatty():
     disable_progress_bar()  # of loading and saving, which fill logs and pages
@@ -90,40 +98,215 @@ def scratch_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return GPTNeoXForCausalLM(config).eval()
+        return plain_embeddings(GPTNeoXForCausalLM(config).eval())
 
 
-def load(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM and its tokenizer from a local folder or, by name, from the Hugging Face hub.
-
-    Only safetensors weights are read and no code from the checkpoint is run.
-    Raises ValueError with what was given and what is allowed if that fails.
-    """
+def _source(name_or_path: str) -> str:
+    """What the loaders are to be given. Raises ValueError for a folder that is not there."""
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    path = Path(name_or_path).expanduser()
-    if looks_local and not path.is_dir():
+    folder = Path(name_or_path).expanduser()
+    if looks_local and not folder.is_dir():
         raise ValueError(
             f"model={name_or_path!r}: no such folder; allowed: 'scratch', a folder with a saved checkpoint "
             "(config.json, model.safetensors, tokenizer.json) or the name of a model on the hub"
         )
-    source = str(path) if path.is_dir() else name_or_path
+    return str(folder) if folder.is_dir() else name_or_path
+
+
+def _read(name_or_path: str, loader: Callable[..., Any], revision: str | None, **settings: Any) -> Any:
+    """What `loader` makes of a checkpoint. Raises ValueError with what was given and what is allowed if it fails."""
+    source = _source(name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+        return loader(source, revision=revision, trust_remote_code=False, **settings)
+    except (OSError, RuntimeError, KeyError, ImportError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model={name_or_path!r}: could not be loaded; allowed: 'scratch', a folder with a saved checkpoint "
             f"or the name of a model on the hub. The loader said: {error}"
         ) from error
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; `revision`, a commit, branch or tag on the hub.
+
+    Where it names no end of text, that of the generation configuration is taken; where it has no padding, the end of
+    text. Raises ValueError with what was given and what is allowed, also if no end of text is named anywhere.
+    """
+    tokenizer = _read(name_or_path, AutoTokenizer.from_pretrained, revision)
+    if tokenizer.eos_token_id is None:
+        named = _generation_ends(name_or_path, revision)
+        if not named:
+            raise ValueError(
+                f"model={name_or_path!r}: neither its tokenizer nor its generation configuration names an end of text, "
+                "so no reply could end; set eos_token in tokenizer_config.json"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(named[0])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def _generation_ends(name_or_path: str, revision: str | None) -> list[int]:
+    """Ids at which the checkpoint's generation ends, by its generation_config.json or else its config.json."""
+    try:
+        config = GenerationConfig.from_pretrained(_source(name_or_path), revision=revision)
+    except OSError:  # it has no generation_config.json
+        config = _read(name_or_path, AutoConfig.from_pretrained, revision)
+    named = getattr(config, "eos_token_id", None)
+    return [] if named is None else named if isinstance(named, list) else [named]
+
+
+def load(name_or_path: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM and its tokenizer from a local folder or, by name, from the Hugging Face hub.
+
+    In float32. Only safetensors weights are read and no code from the checkpoint is run. revision: a commit, branch or
+    tag on the hub.
+    Raises ValueError with what was given and what to do, also for whatever would not be used as it is meant: an
+    adapter, quantised weights, weights that the model has no place for or lacks, tokens without an embedding, and
+    models that are not causal or read padding.
+    """
+    source = _source(name_or_path)
+    if find_adapter_config_file(source, revision=revision):
+        raise ValueError(
+            f"model={name_or_path!r}: holds an adapter (adapter_config.json), which would be left out; merge it into "
+            "its base model first (merge_and_unload) and save the whole"
+        )
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+        raise ValueError(
+            f"model={name_or_path!r}: its weights are pickled (.bin), which could run code when they are read; load it "
+            "where it is trusted and save it again with save_pretrained, which writes model.safetensors"
+        )
+    config = _read(name_or_path, AutoConfig.from_pretrained, revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model={name_or_path!r}: its weights are quantised, and those cannot be trained or moved along a "
+            "gradient; dequantise them first (model.dequantize()) and save the whole"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model={name_or_path!r}: a {config.model_type} reads a prompt by an encoder of its own; allowed: a causal "
+            "language model, which reads prompt and reply as one text"
+        )
+    tokenizer = load_tokenizer(name_or_path, revision)
+    settings = {"use_safetensors": True, "dtype": torch.float32}
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that `_key_problems` can name them
+    model, report = _read(name_or_path, AutoModelForCausalLM.from_pretrained, revision, **settings)
+    plain_embeddings(model.eval())
+    for problem in (*_key_problems(report), *_vocabulary_problems(model, tokenizer), *_reading_problems(model)):
+        raise ValueError(f"model={name_or_path!r}: {problem}")
+    return model, tokenizer
+
+
+# Buffers that older versions of transformers saved and this one computes.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias|causal_mask)$")
+
+
+def _key_problems(report: dict[str, Any]) -> list[str]:
+    """What is wrong with a loading report: weights that are not in both checkpoint and model, or of another shape."""
+
+    def few(keys: list[str]) -> str:
+        return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not _COMPUTED.search(key))
+    problems = [
+        f"the names of its weights begin with {prefix!r}, which a wrapper put before them; strip it from the names in "
+        f"model.safetensors ({few(unexpected)})"
+        for prefix in ("_orig_mod.", "module.")
+        if unexpected and all(key.startswith(prefix) for key in unexpected)
+    ]
+    shapes = [f"{key} {list(one)}, not {list(other)}" for key, one, other in sorted(report["mismatched_keys"])]
+    if shapes:
+        problems.append(
+            f"{len(shapes)} weights of the checkpoint have another shape than config.json says: {few(shapes)}; take "
+            "the config.json that belongs to them"
+        )
+    if missing:
+        problems.append(
+            f"{len(missing)} of the model's weights are not in the checkpoint and would be random: {few(missing)}; "
+            "save it with save_pretrained of the causal language model"
+        )
+    if unexpected:
+        problems.append(
+            f"{len(unexpected)} weights of the checkpoint have no place in the model: {few(unexpected)}; remove them, "
+            "or name in config.json the architecture that they belong to"
+        )
+    return problems
+
+
+def _vocabulary_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that the model has no embedding for. Added control tokens may be such: no text is encoded as these."""
+    rows = model.get_input_embeddings().num_embeddings
+    control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = sorted(i for i in tokenizer.get_vocab().values() if i >= rows and i not in control)
+    problems = [
+        f"its {name} token {tokenizer.convert_ids_to_tokens(i)!r} has the id {i}, and there are {rows} embeddings; "
+        "use a token that has one, or resize_token_embeddings"
+        for name, i in (("padding", tokenizer.pad_token_id), ("end of text", tokenizer.eos_token_id))
+        if i >= rows
+    ]
+    if beyond:
+        problems.append(
+            f"its tokenizer has {len(beyond)} tokens with ids from {beyond[0]} on, and there are {rows} embeddings; "
+            "use the tokenizer that belongs to the model, or resize_token_embeddings"
+        )
+    return problems
+
+
+@torch.no_grad()
+def _reading_problems(model: PreTrainedModel) -> list[str]:
+    """What a pass over four tokens shows, over four of which the last is another, and over two after padding."""
+    a, b, c, d = (torch.arange(4) % model.get_input_embeddings().num_embeddings).tolist()
+    ids = torch.tensor([[a, b, c, d], [a, b, c, a], [d, d, a, b]], device=model.device)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[2, :2] = False
+    batch = Batch(ids, real, torch.zeros_like(real))
+    out = model(**inputs(model, batch, use_cache=True))
+    logits = out.logits.float()
+    if logits[real].isnan().any():
+        return ["its logits are not numbers (NaN); its weights are damaged"]
+
+    def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+        apart = torch.where(one == other, 0.0, one - other).abs().max()  # logits may be -inf
+        return bool(apart > 1e-2 * one[one.isfinite()].abs().max())
+
+    if differ(logits[0, :3], logits[1, :3]):
+        return [f"{type(model).__name__} is no causal language model: what follows a token changes what it predicts"]
+    if differ(logits[0, :2], logits[2, 2:]):
+        return [f"{type(model).__name__} reads padding: what stands before a text changes what it predicts"]
+    if getattr(out, "past_key_values", None) is None:
+        return [f"{type(model).__name__} has no key-value cache, through which replies are generated"]
+    return []
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Save a policy so that `load` and any Hugging Face tool can read it."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@functools.cache
+def _named(kind: type[torch.nn.Module]) -> frozenset[str]:
+    """The inputs that models of this class name."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def accepted(model: torch.nn.Module, **given: Any) -> dict[str, Any]:
+    """Those of the inputs `given` that `model` reads.
+
+    A model that places tokens by the attention mask alone names no positions, and may refuse what it does not name.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return given  # a wrapper passes on what it does not name
+    known = _named(type(model)) | _named(type(model.base_model))
+    return {name: value for name, value in given.items() if name in known}
+
+
+def inputs(model: torch.nn.Module, batch: Batch, **more: Any) -> dict[str, Any]:
+    """What `model` reads of a batch, and of `more`; positions are counted from the first real token."""
+    attention = batch.attention.long()
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    return accepted(model, input_ids=batch.ids, attention_mask=attention, position_ids=positions, **more)
 
 
 def response_columns(batch: Batch) -> torch.Tensor:
@@ -140,14 +323,7 @@ def response_logits(
     are counted from the first real token, so a row's logits do not depend on its padding, on either side.
     """
     columns = response_columns(batch)
-    attention = batch.attention.long()
-    out = model(
-        input_ids=batch.ids,
-        attention_mask=attention,
-        position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=columns - 1,
-    )
+    out = model(**inputs(model, batch, use_cache=False, logits_to_keep=columns - 1))
     return out.logits if temperature == 1 else out.logits / temperature, columns
 
 
@@ -156,7 +332,11 @@ def token_logps(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) 
 
     Those of the policy that samples at `temperature`. Computed in float32 at least, whatever the model's precision.
     """
-    logits, columns = response_logits(model, batch, temperature)
+    return logps_of(*response_logits(model, batch, temperature), batch)
+
+
+def logps_of(logits: torch.Tensor, columns: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`token_logps` from the `response_logits` of `batch`."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     picked = logits.log_softmax(-1).gather(-1, batch.ids[:, columns, None]).squeeze(-1)
@@ -167,7 +347,13 @@ def token_logps(model: PreTrainedModel, batch: Batch, temperature: float = 1.0) 
 @torch.no_grad()
 def sequence_logps(model: PreTrainedModel, batch: Batch, size: int = 256) -> torch.Tensor:
     """Log-probability of every whole response, [N], in chunks of `size` rows and without gradients."""
-    return torch.cat([token_logps(model, part).sum(-1) for part in batch.chunks(size)])
+    with faithful(model):
+        return torch.cat([token_logps(model, part).sum(-1) for part in batch.chunks(size)])
+
+
+def _expected(x: torch.Tensor, p: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """sum_v p_v x_v of [N, C, V], summed over positions in `mask`, [N]. What is never drawn adds 0, be x infinite."""
+    return (p * x).masked_fill(p == 0, 0.0).sum(-1).masked_fill(~mask, 0.0).sum(-1)
 
 
 @torch.no_grad()
@@ -181,12 +367,13 @@ def entropy_and_kl(
     """
     entropies, divergences = [], []
     for part in batch.chunks(size):
-        logits, columns = response_logits(model, part)
+        with faithful(model), faithful(reference):
+            logits, columns = response_logits(model, part)
+            logq = response_logits(reference, part)[0].float().log_softmax(-1)
         logp = logits.float().log_softmax(-1)
-        logq = response_logits(reference, part)[0].float().log_softmax(-1)
         p, mask = logp.exp(), part.response[:, columns]
-        entropies.append((-(p * logp).sum(-1) * mask).sum(-1))
-        divergences.append(((p * (logp - logq)).sum(-1) * mask).sum(-1))
+        entropies.append(-_expected(logp, p, mask))
+        divergences.append(_expected(logp - logq, p, mask))
     return torch.cat(entropies), torch.cat(divergences)
 
 
@@ -196,7 +383,7 @@ def generate(
     prompts: list[list[int]],
     *,
     max_response: int,
-    eos_id: int,
+    ends: Sequence[int],
     pad_id: int,
     temperature: float = 0.0,
     seed: int = 0,
@@ -204,13 +391,14 @@ def generate(
 ) -> list[list[int]]:
     """Responses to `prompts` (token ids) through a key-value cache: greedy at temperature 0, else sampled.
 
-    Each response ends with `eos_id` unless it reached `max_response` tokens. Sampling uses a generator of its own
-    seeded with `seed`; results depend on the chunk size `size` only through the order of its draws.
+    Each response ends with the first of `ends` (ids) unless it reached `max_response` tokens. Sampling uses a generator
+    of its own seeded with `seed`; results depend on the chunk size `size` only through the order of its draws.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature}: must be 0 (greedy) or positive")
     device = model.device
     rng = torch.Generator(device).manual_seed(seed)
+    last = torch.tensor(list(ends), device=device)
     out: list[list[int]] = []
     for start in range(0, len(prompts), size):
         chunk = prompts[start : start + size]
@@ -236,13 +424,14 @@ def generate(
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng).squeeze(-1)
             token = token.masked_fill(done, pad_id)
             steps.append(token)
-            done = done | (token == eos_id)
+            done = done | torch.isin(token, last)
             if bool(done.all()):
                 break
             ids, positions = token[:, None], positions[:, -1:] + 1
             attention = torch.cat([attention, torch.ones_like(ids)], 1)
         for row in torch.stack(steps, 1).tolist():
-            out.append(row[: row.index(eos_id) + 1] if eos_id in row else row)
+            stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+            out.append(row[: stop + 1])
     return out
 
 

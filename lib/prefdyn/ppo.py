@@ -5,6 +5,7 @@ turn rewards and values into advantages, and take several passes of clipped poli
 policy steps go through the same token weights and the same `update` as every other objective.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,13 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from torch.nn.utils import clip_grad_norm_
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import data, policy, recipes, rollout
 from .controls import Control
@@ -43,42 +38,46 @@ if TYPE_CHECKING:
 Score = Callable[[list[str], data.Batch], torch.Tensor]  # (prompts, rollouts) -> one number a rollout
 
 
-def head_of(model: torch.nn.Module) -> torch.nn.Linear:
-    """The layer that `headed` put in the place of the output layer; its name differs between architectures."""
-    return model.score if hasattr(model, "score") else model.classifier
+class Headed(torch.nn.Module):
+    """A policy with a head of one output in the place of its output layer: of values (with a bias) or of rewards.
+
+    The head is at first zero, the body a copy. Raises ValueError if a policy has no output layer that can be replaced.
+    """
+
+    def __init__(self, model: PreTrainedModel, bias: bool):
+        super().__init__()
+        output = model.get_output_embeddings()
+        if output is None or model.base_model is model:
+            raise ValueError(f"{type(model).__name__} has no output layer that a head could replace")
+        self.body = copy.deepcopy(model.base_model)
+        self.head = torch.nn.Linear(output.in_features, 1, bias, device=model.device, dtype=model.dtype)
+        for parameter in self.head.parameters():
+            torch.nn.init.zeros_(parameter)
+
+    def states(self, batch: data.Batch) -> torch.Tensor:
+        """What the head reads, the body's last states [N, T, width]."""
+        return self.body(**policy.inputs(self.body, batch)).last_hidden_state
+
+    def forward(self, batch: data.Batch) -> torch.Tensor:
+        """What the head says at each position, [N, T]."""
+        return self.head(self.states(batch)).squeeze(-1)
 
 
-def headed(kind: type, folder: Path, pad_id: int) -> torch.nn.Module:
-    """The policy saved in `folder` with a head of one output in the place of its output layer, at first zero."""
-    body = policy.load(str(folder))[0].base_model
-    config = AutoConfig.from_pretrained(folder, num_labels=1, pad_token_id=pad_id)
-    model = kind.from_config(config, dtype=torch.float32)
-    model.base_model.load_state_dict(body.state_dict())
-    head = head_of(model)
-    torch.nn.init.zeros_(head.weight)
-    if head.bias is not None:
-        torch.nn.init.zeros_(head.bias)
-    return model.eval().to(recipes.device())
+def headed(folder: Path, bias: bool) -> Headed:
+    """The policy saved in `folder` with a head of one output, on the device."""
+    return Headed(policy.load(str(folder))[0], bias).eval().to(recipes.device())
 
 
-def _inputs(batch: data.Batch) -> dict[str, torch.Tensor]:
-    """What a model reads of a batch; positions are counted from the first real token."""
-    attention = batch.attention.long()
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": batch.ids, "attention_mask": attention, "position_ids": positions}
-
-
-def token_values(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
+def token_values(model: Headed, batch: data.Batch) -> torch.Tensor:
     """Value of the state in which each token is chosen, [N, T], zero outside responses."""
-    out = model(**_inputs(batch)).logits.squeeze(-1)
-    return F.pad(out[:, :-1], (1, 0)).masked_fill(~batch.response, 0.0)
+    return F.pad(model(batch)[:, :-1], (1, 0)).masked_fill(~batch.response, 0.0)
 
 
-def sequence_scores(model: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
+def sequence_scores(model: Headed, batch: data.Batch) -> torch.Tensor:
     """Score of each reply by a reward model, [N]: its head at the last token, also where that is the padding token."""
-    states = model.base_model(**_inputs(batch)).last_hidden_state
+    states = model.states(batch)
     rows = torch.arange(len(batch), device=states.device)
-    return model.score(states[rows, rollout.last_token(batch.response)]).squeeze(-1)
+    return model.head(states[rows, rollout.last_token(batch.response)]).squeeze(-1)
 
 
 class RewardRun(recipes.Spec):
@@ -96,12 +95,12 @@ class RewardRun(recipes.Spec):
         return 2 * self.optimisation.steps * self.optimisation.batch_size
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
-        """Write model/, steps.parquet, and check.parquet: score differences of the check pairs."""
+        """Write model.safetensors, steps.parquet, and check.parquet: score differences of the check pairs."""
         start, spec = store.get(self.sft), self.data
         _, tokenizer = recipes.final_policy(start)
         known = recipes.dataset(spec)
         sides = [recipes.encode(spec, tokenizer, known.pairs, side) for side in ("chosen", "rejected")]
-        model = headed(AutoModelForSequenceClassification, start.folder / "policy", tokenizer.pad_token_id)
+        model = headed(start.folder / "policy", bias=False)
         optimizer = make_optimizer(model, self.optimisation)
         parts = {"reward": (model, optimizer)}
         size = (self.optimisation.micro_batch + 1) // 2  # pairs in memory at once
@@ -135,7 +134,7 @@ class RewardRun(recipes.Spec):
             check["true_difference"] = [row["reward_chosen"] - row["reward_rejected"] for row in known.check]
         check.to_parquet(folder / "check.parquet")
         pd.DataFrame(log).to_parquet(folder / "steps.parquet")
-        policy.save(model, tokenizer, folder / "model")
+        save_model(model, str(folder / "model.safetensors"))
         for done in [folder / "state.json", *folder.glob("state-*")]:
             done.unlink(missing_ok=True)
 
@@ -174,8 +173,8 @@ class PPORun(recipes.Training):
         """What rollouts are rewarded by. Raises ValueError if the true reward is asked for and not known."""
         known = recipes.dataset(self.data)
         if self.reward is not None:
-            model = AutoModelForSequenceClassification.from_pretrained(store.get(self.reward).folder / "model")
-            model.eval().to(recipes.device())
+            model = headed(store.get(self.reward.sft).folder / "policy", bias=False)
+            load_model(model, store.get(self.reward).folder / "model.safetensors")
             return torch.no_grad()(lambda prompts, batch: sequence_scores(model, batch))
         if known.reward is None:
             raise ValueError("reward='true': the true reward of this dataset is not known; use 'learned'")
@@ -237,7 +236,7 @@ class PPORun(recipes.Training):
         """What G is measured on at a step: fresh rollouts of that step's policy, with that step's values."""
         run, start = store.get(self), store.get(self.sft)
         reference, _ = recipes.final_policy(start)
-        value_model = headed(AutoModelForTokenClassification, start.folder / "policy", tokenizer.pad_token_id)
+        value_model = headed(start.folder / "policy", bias=True)
         score = self.score(store, tokenizer)
         prompts = recipes.dataset(self.data).prompts["train"][:size]
 
@@ -256,7 +255,7 @@ class PPORun(recipes.Training):
         """
         whole = self.model_copy(update={"lam": 1.0})
         objective, _, returns, _ = whole.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
-        torch.nn.init.constant_(head_of(value_model).bias, returns[objective.rollouts.response].mean().item())
+        torch.nn.init.constant_(value_model.head.bias, returns[objective.rollouts.response].mean().item())
 
     def _value_step(self, part, batch: data.Batch, old_values: torch.Tensor, returns: torch.Tensor) -> float:
         """One optimiser step of the value model on a minibatch; returns the loss before it."""
@@ -311,7 +310,7 @@ class PPORun(recipes.Training):
         start = store.get(self.sft)
         model, tokenizer = recipes.final_policy(start)
         reference, _ = recipes.final_policy(start)
-        value_model = headed(AutoModelForTokenClassification, start.folder / "policy", tokenizer.pad_token_id)
+        value_model = headed(start.folder / "policy", bias=True)
         score = self.score(store, tokenizer)
         prompts = recipes.dataset(self.data).prompts["train"]
         if self.rollouts > len(prompts):

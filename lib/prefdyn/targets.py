@@ -1,5 +1,6 @@
 """The final responses D': how they are drawn, and how much G depends on that choice."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import alignment, policy, ppo, recipes
 from .data import Batch, pad
 from .evaluate import reply
+from .faithful import faithful
 from .train import Objective
 
 if TYPE_CHECKING:
@@ -46,24 +48,27 @@ class TargetSpec(recipes.Spec):
         return pad(asked, answers, tokenizer.pad_token_id).to(model.device)
 
 
-def block_gradients(model: PreTrainedModel, objective: Objective, index: torch.Tensor):
-    """Yield the descent direction -grad L of the objective on `index` in parts, one for each of BLOCKS of examples.
+def block_gradients(
+    model: PreTrainedModel, objective: Objective, index: torch.Tensor
+) -> Iterator[tuple[Batch, torch.Tensor, alignment.Direction]]:
+    """Yield rows, their weights and the descent direction -grad L of the objective on them, for BLOCKS of examples.
 
-    They add up to the whole: weights are those of all examples together.
+    The directions add up to the whole: weights are those of all examples of `index` together.
     """
     batch = objective.batch(index)
-    with torch.no_grad():
+    with torch.no_grad(), faithful(model):
         logps = torch.cat([policy.token_logps(model, part, objective.temperature) for part in batch.slices(256)])
     w = objective.weights(logps, batch, index).w
     rows = torch.arange(len(batch), device=w.device).reshape(-1, len(index))  # an example's rows are a column
     for block in torch.arange(len(index), device=w.device).tensor_split(min(BLOCKS, len(index))):
         own = rows[:, block].flatten()
-        parts = zip(batch.take(own).slices(256), w[own].split(256), strict=True)
-        yield alignment.gradient(model, parts, objective.temperature)
+        part = batch.take(own)
+        parts = zip(part.slices(256), w[own].split(256), strict=True)
+        yield part, w[own], alignment.gradient(model, parts, objective.temperature)
 
 
 class TargetsRun(recipes.Spec):
-    """G and its cosine with several choices of D', at every checkpoint of a training run.
+    """G and its cosine with several choices of D', at every checkpoint of a training run; the first one is checked.
 
     One gradient of the objective serves all choices: G is its inner product with d. The standard error is that of the
     sum over BLOCKS parts of the probe. All directions d are in memory at once.
@@ -91,26 +96,38 @@ class TargetsRun(recipes.Spec):
         model, tokenizer = recipes.final_policy(run)
         drawn = {name: choice.draw(self.run.data, model, tokenizer) for name, choice in self.choices.items()}
         prober = self.run.prober(store, tokenizer, self.probe, self.size)
+        method = alignment.choose_method(model, tokenizer)
         rows = []
         for step in self.run.steps():
             model, _ = recipes.load_checkpoint(run, step)
             objective, index = prober(step, model)
-            for name, measures in self._at(run, step, model, objective, index, drawn).items():
+            for name, measures in self._at(run, step, model, objective, index, drawn, method).items():
                 rows.append({"step": step, "choice": name, "n": len(index), **measures})
             tick(self.work() / len(self.run.steps()))
         pd.DataFrame(rows).to_parquet(folder / "targets.parquet")
 
     def _at(
-        self, run, step: int, model: PreTrainedModel, objective: Objective, index: torch.Tensor, drawn: dict[str, Batch]
+        self,
+        run,
+        step: int,
+        model: PreTrainedModel,
+        objective: Objective,
+        index: torch.Tensor,
+        drawn: dict[str, Batch],
+        method: str,
     ) -> dict[str, dict[str, float]]:
-        """Measures of every choice at one checkpoint."""
+        """Measures of every choice at one checkpoint; token scores of one block check those of the first choice."""
         ways = {
             name: alignment.target_direction(model, drawn[name], choice.reduction)
             for name, choice in self.choices.items()
         }
         parts: dict[str, list[float]] = {name: [] for name in ways}
         whole: alignment.Direction = {}
-        for ascent in block_gradients(model, objective, index):
+        for part, w, ascent in block_gradients(model, objective, index):
+            if not whole:
+                first = next(iter(ways.values()))
+                scored = alignment.token_scores(model, part, first, method, temperature=objective.temperature)
+                alignment.check(f"step {step}", method, w, scored, ascent, first)
             whole = {name: whole[name] + g for name, g in ascent.items()} if whole else ascent
             for name, way in ways.items():
                 parts[name].append(alignment.inner(ascent, way).item())

@@ -5,19 +5,7 @@ from types import SimpleNamespace
 import torch
 from prefdyn import policy, world
 from prefdyn.data import Batch, pad
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 class Table(torch.nn.Module):
@@ -58,61 +46,112 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
-    "attn_implementation": "eager",
 }
-
-
-def _llama(**more) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, **more))
-
-
-def _qwen3(**more) -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8, **more))
-
-
-def _gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64, attn_implementation="eager")
-    )
-
-
-ARCHITECTURES = {
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
-    "llama": lambda: _llama(tie_word_embeddings=False),
-    "qwen3": lambda: _qwen3(tie_word_embeddings=False),
-    "qwen3, tied": lambda: _qwen3(tie_word_embeddings=True),
-    "gpt2": _gpt2,  # learned positions: unlike rotary ones, they notice a shift
+_GROUPED = {"num_key_value_heads": 1}
+_NARROW = _GROUPED | {"head_dim": 8}
+_WINDOW = _GROUPED | {"sliding_window": 3}  # shorter than the sequences of `random_batch`
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+_GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+# What each architecture of transformers needs beside SIZES to be tiny; after a comma, a variant of one.
+FAMILIES: dict[str, dict] = {
+    "apertus": _GROUPED,
+    "arcee": _GROUPED,
+    "biogpt": {},
+    "bloom": {"n_layer": 2, "n_head": 2},  # positions enter by the distance between tokens
+    "cohere": _GROUPED,
+    "cohere2": _NARROW | _WINDOW,
+    "deepseek_v3": _EXPERTS
+    | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2}
+    | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    "exaone4": _WINDOW,
+    "falcon": {"multi_query": True},
+    "falcon, alibi": {"alibi": True},
+    "gemma": _NARROW,
+    "gemma2": _NARROW | _WINDOW | {"query_pre_attn_scalar": 8},
+    "gemma3_text": _NARROW | _WINDOW | {"query_pre_attn_scalar": 8},
+    "glm4": _NARROW,
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gpt_neo": {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 3},
+    "gpt_neox": {},
+    "gpt_oss": _NARROW | _WINDOW | _EXPERTS,
+    "gptj": _GPT | {"rotary_dim": 4},
+    "granite": _GROUPED,
+    "granitemoe": _GROUPED | _EXPERTS,
+    "helium": _NARROW,
+    "llama": _GROUPED | {"tie_word_embeddings": False},
+    "llama, tied": _GROUPED | {"tie_word_embeddings": True},
+    "mistral": _NARROW | _WINDOW,
+    "mixtral": _GROUPED | _EXPERTS,
+    "mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2},
+    "nemotron": _NARROW,
+    "olmo": {},
+    "olmo2": _GROUPED,
+    "olmo3": _WINDOW,
+    "olmoe": _GROUPED | _EXPERTS,
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "opt, projected": {"ffn_dim": 24, "word_embed_proj_dim": 8},
+    "phi": {},
+    "phi3": _GROUPED,
+    "qwen2": _GROUPED,
+    "qwen2_moe": _GROUPED | _EXPERTS | {"shared_expert_intermediate_size": 12},
+    "qwen3": _NARROW | {"tie_word_embeddings": False},
+    "qwen3, tied": _NARROW | {"tie_word_embeddings": True},
+    "qwen3_moe": _NARROW | _EXPERTS,
+    "seed_oss": _NARROW,
+    "smollm3": _GROUPED,
+    "stablelm": _GROUPED,
+    "starcoder2": _WINDOW,
+    "xglm": {"d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2},
 }
+# What is refused: not causal, no cache of keys and values, padding not masked.
+UNSUITABLE: dict[str, dict] = {
+    "bert": {},
+    "mamba": {"state_size": 4},
+    "rwkv": {"attention_hidden_size": 16},
+}
+# Rotary positions, tied embeddings, learned positions, which unlike the others notice a shift: enough for most tests.
+ARCHITECTURES = ("gpt_neox", "llama", "qwen3", "qwen3, tied", "gpt2")
 
 
-def build(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of torch's default dtype, with weights large enough that nothing is nearly linear or uniform."""
+def build(architecture: str, seed: int = 0, **more) -> PreTrainedModel:
+    """A random model of torch's default dtype, with weights large enough that nothing is nearly linear or uniform.
+
+    more: settings of its configuration.
+    """
+    kind, settings = architecture.split(",")[0], SIZES | (FAMILIES | UNSUITABLE)[architecture]
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]().to(torch.get_default_dtype()).eval()
+    config = AutoConfig.for_model(kind, **settings | more)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(8.0)
             elif "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        model.get_input_embeddings().weight.mul_(8.0)  # of about unit length, as those of trained models
+        words = model.get_input_embeddings().weight
+        words.mul_(8.0)  # of about unit length, as those of trained models
+        if config.pad_token_id is not None:  # its row starts at zero, where a norm bends most, and trained ones are not
+            words[config.pad_token_id] = words[config.pad_token_id - 1].flip(0)
     return model
 
 
 def lift_float32(monkeypatch) -> None:
-    """Let float64 pass through transformers' softmax of attention and RMS norm, which compute in float32."""
-    softmax = torch.nn.functional.softmax
+    """Let float64 pass where transformers computes in float32: softmax of attention, norms, rotations, routers."""
+    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
+
+    def to_unless_coarser(self, *args, **kwargs):
+        asked = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), None))
+        return self if self.dtype == torch.float64 and asked == torch.float32 else to(self, *args, **kwargs)
 
     def softmax_as_given(input, dim=None, _stacklevel=3, dtype=None):
         return softmax(input, dim=dim, dtype=None if input.dtype == torch.float64 else dtype)
 
-    def norm_as_given(self, hidden_states):
-        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden_states * torch.rsqrt(mean_square + self.variance_epsilon))
-
+    monkeypatch.setattr(torch.Tensor, "to", to_unless_coarser)
+    monkeypatch.setattr(torch.Tensor, "type", lambda self, *a, **k: to_unless_coarser(self, *a, **k))
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: to_unless_coarser(self, torch.float32))
     monkeypatch.setattr(torch.nn.functional, "softmax", softmax_as_given)
-    for norm in (LlamaRMSNorm, Qwen3RMSNorm):
-        monkeypatch.setattr(norm, "forward", norm_as_given)
+    monkeypatch.setattr(torch, "softmax", softmax_as_given)
 
 
 def random_batch(rows: int, seed: int = 0, vocab: int = VOCAB, side: str = "right", longest: int = 6) -> Batch:

@@ -1,0 +1,143 @@
+"""Architectures of transformers, each saved, loaded and measured in every way: a table that is kept in data/.
+
+PREFDYN_WRITE=1 writes the table; without it the test compares.
+"""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from prefdyn import alignment, policy, ppo
+from prefdyn.data import Batch, pad
+from toys.models import FAMILIES, UNSUITABLE, VOCAB, build, lift_float32
+from transformers import AutoConfig
+
+TABLE = Path(__file__).resolve().parents[1] / "data" / "architectures.csv"
+COLUMNS = ("architecture", "class", "tied", "methods", "needs", "forward", "central", "heads")
+END = 1  # the end of text, and the padding
+WORDS = [f"w{i}" for i in range(VOCAB - 4)]
+
+
+def batch(side: str = "right") -> Batch:
+    """Rows of different lengths, longer than any window, with the padding token inside of prompts and as an end."""
+    rng = torch.Generator().manual_seed(1)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(2, VOCAB, (count,), generator=rng).tolist()
+
+    prompts = [[*tokens(3), END, *tokens(2)], tokens(2), [END, *tokens(4)]]
+    return pad(prompts, [[*tokens(3), END], [*tokens(5), END], [*tokens(2), END]], END, side)
+
+
+def loaded(architecture: str, folder: Path):
+    """A random model and its tokenizer, by way of a checkpoint."""
+    tokenizer = policy.word_tokenizer(WORDS)
+    tokenizer.pad_token = tokenizer.eos_token
+    policy.save(build(architecture, pad_token_id=END, eos_token_id=END, bos_token_id=END), tokenizer, folder)
+    return policy.load(str(folder))
+
+
+def apart(model, method: str) -> float | None:
+    """The largest difference to per-token backward, as a part of the largest score; None if the method fails."""
+    direction = alignment.target_direction(model, batch())
+    _, expected = alignment.token_scores(model, batch(), direction, "backward")
+    try:
+        scored = alignment.token_scores(model, batch(), direction, method)
+    except RuntimeError:
+        return None
+    w = torch.linspace(-1, 1, expected.numel()).reshape(expected.shape) * batch().response
+    assert alignment.check("here", method, w, scored, alignment.gradient(model, [(batch(), w)]), direction) < 0.2
+    return ((scored[1] - expected).abs().max() / expected.abs().max()).item()
+
+
+def rounded(value: float | None, *bounds: float) -> str:
+    """The first of the powers of ten `bounds` that `value` is below: coarse, so that it is the same on any machine."""
+    return "" if value is None else next((f"{bound:.0e}" for bound in bounds if value < bound), "more")
+
+
+def needs(model) -> str:
+    """What measuring changes for as long as it lasts."""
+    changes = {
+        "fused attention replaced by the plain one": model.config._attn_implementation == "sdpa",
+        "experts run one by one": model.config._experts_implementation != "eager",
+    }
+    return "; ".join(what for what, needed in changes.items() if needed) or "nothing"
+
+
+def padded_rows_are_as_if_alone(model) -> bool:
+    """Padding on either side changes no log-prob."""
+    whole = {side: policy.token_logps(model, batch(side)).detach()[batch(side).response] for side in ("right", "left")}
+    rows = [batch().rows(slice(i, i + 1)) for i in range(len(batch()))]
+    alone = torch.cat([policy.token_logps(model, row).detach()[row.response] for row in rows])
+    return all((logps - alone).abs().max() < 1e-4 for logps in whole.values())
+
+
+def replies_are_as_if_alone(model) -> bool:
+    """Through the cache, which sees padding before shorter prompts."""
+    prompts, limits = [[3], [5, 6, END, 8, 9], [9, 4]], {"max_response": 6, "ends": (END,), "pad_id": END}
+    alone = [policy.generate(model, [prompt], **limits)[0] for prompt in prompts]
+    return policy.generate(model, prompts, **limits) == alone
+
+
+def heads_learn(model) -> bool:
+    """A value model and a reward model start at zero, and their heads and bodies have gradients."""
+    for bias, score in ((True, ppo.token_values), (False, ppo.sequence_scores)):
+        headed = ppo.Headed(model, bias)
+        if (score(headed, batch()) != 0).any():
+            return False
+        torch.nn.init.normal_(headed.head.weight)
+        score(headed, batch()).sum().backward()
+        words = headed.body.get_input_embeddings().weight
+        if not all(grad.isfinite().all() and grad.any() for grad in (headed.head.weight.grad, words.grad[END])):
+            return False
+    return True
+
+
+def measured(architecture: str, folder: Path, monkeypatch) -> dict[str, str]:
+    """A row of the table; what must hold for every architecture is asserted on the way."""
+    model, tokenizer = loaded(architecture, folder)
+    assert padded_rows_are_as_if_alone(model) and replies_are_as_if_alone(model)
+    single = {method: apart(model, method) for method in ("forward", "central")}
+    assert single["forward"] is None or single["forward"] < 1e-5
+    assert single["central"] < 5e-2
+    assert alignment.choose_method(model, tokenizer) == ("central" if single["forward"] is None else "forward")
+    row = {"architecture": architecture, "class": type(model).__name__, "needs": needs(model)}
+    row["tied"] = "yes" if model.get_output_embeddings().weight is model.get_input_embeddings().weight else "no"
+    row["heads"] = "yes" if heads_learn(model) else "no"
+    with monkeypatch.context() as patch:
+        lift_float32(patch)
+        torch.set_default_dtype(torch.float64)
+        try:
+            exact = {method: apart(model.double(), method) for method in single}
+        finally:
+            torch.set_default_dtype(torch.float32)
+    row["methods"] = ", ".join(method for method, value in exact.items() if value is not None)
+    return row | {"forward": rounded(exact["forward"], 1e-10), "central": rounded(exact["central"], 1e-4)}
+
+
+def refused(architecture: str, folder: Path) -> dict[str, str]:
+    """Likewise, of what `policy.load` does not take."""
+    if architecture == "t5":
+        AutoConfig.for_model("t5").save_pretrained(folder)
+    with pytest.raises(ValueError) as error:
+        policy.load(str(folder)) if architecture == "t5" else loaded(architecture, folder)
+    name = AutoConfig.from_pretrained(folder).architectures
+    reason = str(error.value).removeprefix(f"model={str(folder)!r}: ")
+    return {"architecture": architecture, "class": name[0] if name else "", "methods": "refused", "needs": reason}
+
+
+def test_the_table_of_architectures_is_what_is_measured(tmp_path, monkeypatch):
+    made = [measured(name, tmp_path / name, monkeypatch) for name in FAMILIES]
+    made += [refused(name, tmp_path / name) for name in (*UNSUITABLE, "t5")]
+    table = [{column: row.get(column, "") for column in COLUMNS} for row in made]
+    if os.environ.get("PREFDYN_WRITE"):
+        with TABLE.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(table)
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == table
+    assert len(FAMILIES) >= 16 and all(row["forward"] != "more" and row["central"] != "more" for row in table)
+    assert all(row["heads"] == "yes" for row in table if row["methods"] != "refused")
