@@ -1,26 +1,15 @@
-"""Preference data: what a file may look like, what is reported about it, how it is split, and how it is padded."""
+"""Preference data: how it is split, what becomes of its texts under limits, and how it is padded."""
 
-import gzip
-import json
+import dataclasses
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from prefdyn import data, policy, world
+from prefdyn import account, chat, data, layouts, policy, world
+from prefdyn.account import Cut, Limits
 from prefdyn.data import Batch, DataError
 
-ALPACA = Path(__file__).resolve().parents[2] / "shared/data/alpaca-eval-prefs/train.jsonl.gz"
-USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "yes"), ("assistant", "no")))
-PAIR = {"prompt": "q", "chosen": "yes", "rejected": "no"}
-
-
-def write(path: Path, lines: list) -> Path:
-    """Write rows (dicts as JSON, text and bytes as they are) one a line, compressed where the name says so."""
-    coded = [line if isinstance(line, bytes) else line.encode() if isinstance(line, str) else None for line in lines]
-    raw = b"\n".join(c if c is not None else json.dumps(x).encode() for c, x in zip(coded, lines, strict=True)) + b"\n"
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
+WIDE = Limits(99, 99)
 
 
 def numbered(prompts: int, each: int = 2) -> list[dict]:
@@ -32,101 +21,24 @@ def numbered(prompts: int, each: int = 2) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
-@pytest.mark.parametrize(
-    "row",
-    [
-        PAIR,
-        PAIR | {"score_chosen": 1.5, "source": None},
-        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": [{"role": "system", "content": "s"}, USER], "chosen": [GOOD], "rejected": [BAD]},
-        {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},  # the prompt is implicit
-    ],
-    ids=["standard", "more fields", "conversational", "with system", "prompt and conversation", "implicit prompt"],
-)
-def test_layouts_that_can_be_read(tmp_path, name, row):
-    assert data.read_pairs(write(tmp_path / name, [row])) == ([PAIR], [])
+def reading(rows: list[dict], left_out=()) -> layouts.Reading:
+    """What a file of these rows holds."""
+    pairs = [row | {"where": f"line {i}"} for i, row in enumerate(rows, 1)]
+    return layouts.Reading("pairs", len(rows) + len(left_out), pairs, list(left_out), used=len(rows))
 
 
-BROKEN = {
-    "not JSON": ("{'prompt': 1}", "property name"),
-    "not UTF-8": (b'{"prompt": "\xff\xfe", "chosen": "a", "rejected": "b"}', "utf-8"),
-    "not an object": ("[1, 2]", "not a JSON object"),
-    "endless": ("[" * 50_000, "nested"),
-    "no chosen": ({"prompt": "q", "rejected": "no"}, "no 'chosen'"),
-    "no rejected": ({"prompt": "q", "chosen": "yes"}, "no 'rejected'"),
-    "no prompt": ({"chosen": "yes", "rejected": "no"}, "no 'prompt'"),
-    "null": (PAIR | {"chosen": None}, "neither a text nor a list"),
-    "number": (PAIR | {"rejected": 3}, "neither a text nor a list"),
-    "empty prompt": (PAIR | {"prompt": ""}, "'prompt' is empty"),
-    "blank answer": (PAIR | {"rejected": " \n"}, "'rejected' is empty"),
-    "same texts": (PAIR | {"rejected": "yes"}, "same text"),
-    "no assistant": ({"prompt": "q", "chosen": [USER], "rejected": [BAD]}, "'assistant'"),
-    "half a character": (PAIR | {"chosen": "\ud800"}, "surrogates"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_lines_are_reported_by_number_and_the_others_used(tmp_path, case):
-    line, reason = BROKEN[case]
-    pairs, problems = data.read_pairs(write(tmp_path / "some.jsonl", [PAIR, "", line, PAIR]))
-    assert pairs == [PAIR, PAIR]
-    (problem,) = problems
-    assert problem.startswith("line 3: ") and reason in problem
-
-
-def compressed(rows: int) -> bytes:
-    rng = random.Random(0)
-    lines = [PAIR | {"chosen": "".join(rng.choices("abcdefghij ", k=60))} for _ in range(rows)]
-    return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def test_a_truncated_archive_gives_what_is_there_and_says_where_it_ends(tmp_path):
-    whole = compressed(2_000)
-    path = tmp_path / "cut.jsonl.gz"
-    path.write_bytes(whole[: len(whole) // 2])
-    pairs, problems = data.read_pairs(path)
-    assert 500 < len(pairs) < 1_500
-    assert len(problems) == 1 and problems[0].startswith(f"after line {len(pairs)}: ")
-
-
-def test_an_archive_damaged_in_the_middle_is_no_reason_to_crash(tmp_path):
-    """Of many ways to damage an archive, some are noticed by its checksum, some by the decompressor."""
-    whole = compressed(400)
-    path = tmp_path / "damaged.jsonl.gz"
-    for at in range(20, len(whole) - 20, len(whole) // 40):
-        path.write_bytes(whole[:at] + b"\xff\xff\xff\xff" + whole[at + 4 :])
-        try:
-            _, problems = data.read_pairs(path)
-        except DataError as error:
-            problems = [str(error)]
-        assert problems
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("pairs.csv", b"prompt,chosen,rejected\n", "must be 'world' or the path"),
-        ("empty.jsonl", b"", "the file is empty"),
-        ("blank.jsonl", b"\n\n", "the file is empty"),
-        ("bad.jsonl", b"{}\n[]\n", "line 1: no 'chosen'; line 2: not a JSON object"),
-        ("plain.jsonl.gz", b"{}\n", "no usable pair"),
-        ("missing.jsonl", None, "no such file"),
-    ],
-)
-def test_unusable_files_are_an_error_that_names_them(tmp_path, name, content, said):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
-        data.read_pairs(tmp_path / name)
-    assert said in str(error.value) and name in str(error.value)
+def tokenizer():
+    return policy.bpe_tokenizer(["prompt good bad 0 1 2 3 4 5 6 7 8 9"], 320)
 
 
 SIZES = {"pairs": 30, "check": 10, "validation": 3, "held_out": 5}
 
 
-def prompts_of(dataset: data.Dataset) -> dict[str, set[str]]:
+def from_rows(rows: list[dict], limits: Limits = WIDE, **sizes: int) -> data.Dataset:
+    return data.from_file(reading(rows), tokenizer(), limits, **SIZES | sizes)
+
+
+def prompts_of(dataset: data.Dataset) -> dict[str, set]:
     """The prompts that each part of a dataset touches."""
     return {
         "pairs": {row["prompt"] for row in dataset.pairs + dataset.demonstrations},
@@ -136,12 +48,12 @@ def prompts_of(dataset: data.Dataset) -> dict[str, set[str]]:
     }
 
 
-def assert_disjoint(parts: dict[str, set[str]]) -> None:
+def assert_disjoint(parts: dict[str, set]) -> None:
     assert sum(map(len, parts.values())) == len(set.union(*parts.values()))
 
 
-def test_a_file_is_split_by_prompt(tmp_path):
-    dataset = data.from_file(write(tmp_path / "a.jsonl", numbered(40)), **SIZES)
+def test_a_file_is_split_by_prompt():
+    dataset = from_rows(numbered(40))
     parts = prompts_of(dataset)
     assert_disjoint(parts)
     assert (len(parts["validation"]), len(parts["held_out"])) == (3, 5)
@@ -149,40 +61,114 @@ def test_a_file_is_split_by_prompt(tmp_path):
     assert len(dataset.prompts["train"]) == 24
     assert (len(dataset.pairs), len(dataset.check)) == (30, 10)
     assert dataset.demonstrations[0] == {"prompt": dataset.pairs[0]["prompt"], "response": dataset.pairs[0]["chosen"]}
-    assert dataset.reward is None and dataset.problems == ()
+    assert dataset.reward is None
+    # 24 and 8 prompts of two pairs each: 18 + 6 pairs more than were asked for, and 16 of the prompts kept
+    assert dataset.account.parts == {
+        "to train on": 30,
+        "to check on": 10,
+        "of prompts kept for validation and evaluation": 16,
+        "more than were asked for": 24,
+    }
 
 
-def test_the_split_does_not_depend_on_the_order_of_lines(tmp_path):
+def test_the_split_does_not_depend_on_the_order_of_lines():
     rows = numbered(40)
     shuffled = random.Random(1).sample(rows, len(rows))
-    one, other = (
-        data.from_file(write(tmp_path / name, lines), **SIZES | {"pairs": 1000, "check": 250})
-        for name, lines in (("a.jsonl", rows), ("b.jsonl", shuffled))
-    )
+    one, other = (from_rows(lines, pairs=1000, check=250) for lines in (rows, shuffled))
     assert prompts_of(one) == prompts_of(other) and one.prompts == other.prompts
-    key = json.dumps
-    assert sorted(map(key, one.pairs)) == sorted(map(key, other.pairs)) and one.pairs != rows
+
+    def content(dataset):
+        return sorted((row["prompt"], row["chosen"], row["rejected"]) for row in dataset.pairs)
+
+    assert content(one) == content(other)
 
 
-def test_problems_of_a_file_travel_with_the_dataset(tmp_path):
-    dataset = data.from_file(write(tmp_path / "a.jsonl", [*numbered(40), "{}"]), **SIZES)
-    assert dataset.problems == ("line 81: no 'chosen'",)
+def test_conversations_are_split_like_texts():
+    rows = numbered(20) + [row | {"prompt": (("system", "s"), ("user", row["prompt"]))} for row in numbered(20)]
+    parts = prompts_of(from_rows(rows))
+    assert_disjoint(parts)
+    assert any(isinstance(prompt, tuple) for prompt in parts["pairs"])
 
 
-def test_a_file_too_small_to_split_is_an_error(tmp_path):
-    path = write(tmp_path / "a.jsonl", numbered(9))
+def test_a_file_too_small_to_split_is_an_error():
     with pytest.raises(DataError, match="held_out=5: the file has 9 different prompts"):
-        data.from_file(path, **SIZES)
-    assert_disjoint(prompts_of(data.from_file(write(path, numbered(10)), **SIZES)))
+        from_rows(numbered(9))
+    assert_disjoint(prompts_of(from_rows(numbered(10))))
 
 
-@pytest.mark.skipif(not ALPACA.is_file(), reason="the shared extract of AlpacaEval is not beside this checkout")
-def test_a_real_preference_file_is_read_whole_and_split_by_prompt():
-    pairs, problems = data.read_pairs(ALPACA)
-    assert (len(pairs), problems) == (2_700, [])
-    dataset = data.from_file(ALPACA, pairs=2_048, check=256, validation=16, held_out=64)
-    assert_disjoint(prompts_of(dataset))
-    assert len({row["prompt"] for row in pairs}) == 675
+def test_every_record_is_accounted_for():
+    """200 records: 160 unusable for four reasons, three of reading and one of cutting; the other 40 have a use."""
+    usable = [{"prompt": f"{i} p", "chosen": "good", "rejected": "bad"} for i in range(40)]
+    twins = [{"prompt": f"{i} q", "chosen": "a" * 30 + "x", "rejected": "a" * 30 + "y"} for i in range(40)]
+    unread = [layouts.LeftOut(f"line {i}", f"reason {i % 3}") for i in range(81, 201)]
+    known = data.from_file(reading(usable + twins, unread), tokenizer(), Limits(20, 10), **SIZES)
+    found = known.account
+    assert found.records == 200 == sum(found.parts.values()) + len(found.unread) + len(found.dropped)
+    reason = "cut to max_response=10 tokens, chosen and rejected are the same"
+    assert account.count(found.unread) == {"reason 0": 40, "reason 1": 40, "reason 2": 40}
+    assert account.count(found.dropped) == {reason: 40}
+    assert [left.where for left in found.dropped] == [f"line {i}" for i in range(41, 81)]  # in the order of the file
+    told = dict(found.rows())
+    assert told["records read"] == "200 (pairs)" and told[f"left out: {reason}"] == "40"
+    assert {told[f"left out: reason {i}"] for i in range(3)} == {"40"}
+
+
+def test_pairs_that_cutting_makes_equal_are_left_out_and_counted():
+    """Responses of which the first three tokens are the same say nothing about a preference for them."""
+    tokenizer = policy.word_tokenizer(["a", "b", "c"])
+    row = {"prompt": "a", "chosen": "a a a b", "rejected": "a a a c", "where": "line 1"}
+    for most, fault in ((4, None), (3, "cut to max_response=3 tokens, chosen and rejected are the same")):
+        encoder = account.Encoder(tokenizer, Limits(9, most), ["a"], [row["chosen"], row["rejected"]])
+        assert encoder.fault(row) == (fault and (fault, ""))
+        assert [left.reason for left in encoder.faults([row])] == ([fault] if fault else [])
+
+
+def test_texts_that_a_tokenizer_cannot_tell_apart_are_no_pair():
+    """To a tokenizer of the words a and b, "x" and "y" are both unknown."""
+    row = {"prompt": "a", "chosen": "x", "rejected": "y"}
+    encoder = account.Encoder(policy.word_tokenizer(["a", "b"]), WIDE, ["a"], ["x", "y"])
+    assert encoder.fault(row) == ("chosen and rejected are the same tokens", "")
+    assert encoder.cuts(["a"], chosen=["x"])["chosen"] == Cut(texts=1, cut=0, tokens=2, lost=0, unknown=1)
+
+
+def test_prompts_that_cutting_makes_equal_are_left_out_with_their_pairs():
+    """Fifty prompts that differ only in their first word are one prompt of two tokens: one remains."""
+    words = [f"w{i}" for i in range(50)]
+    tokenizer = policy.word_tokenizer([*words, "a", "b"])
+    rows = [{"prompt": f"{word} a", "chosen": "a", "rejected": "b"} for word in words]
+    prompts = [row["prompt"] for row in rows]
+    encoder = account.Encoder(tokenizer, Limits(2, 9), prompts, ["a", "b"])
+    assert [encoder.fault(row) is None for row in rows] == [True] + [False] * 49
+    reason = "cut to max_prompt=2 tokens, the prompt is the same as another one"
+    assert account.count(encoder.faults(rows)) == {reason: 49}
+    assert all(account.Encoder(tokenizer, Limits(3, 9), prompts, ["a", "b"]).fault(row) is None for row in rows)
+
+
+def test_a_held_out_prompt_stays_rather_than_a_training_prompt_that_cutting_makes_equal():
+    rows = [{"prompt": f"{i} " + "same " * 9, "chosen": "good", "rejected": "bad"} for i in range(40)]
+    with pytest.raises(DataError, match=r"pairs: nothing is left .* \(39 x cut to max_prompt=4"):
+        from_rows(rows, Limits(4, 99))  # one prompt is left, for validation
+    known = from_rows(rows + numbered(20), Limits(8, 99))
+    assert len(known.prompts["validation"] + known.prompts["held_out"]) <= 8
+    shown = [tuple(chat.prompt_ids(tokenizer(), [p])[0][-8:]) for own in known.prompts.values() for p in own]
+    assert len(set(shown)) == len(shown)
+
+
+def test_what_is_cut_is_counted_in_texts_and_tokens():
+    """Responses of 2, 3 and 6 tokens (ends included) under a limit of 3: one is cut, 3 of 11 tokens are lost."""
+    tokenizer = policy.word_tokenizer(["a", "b"])
+    encoder = account.Encoder(tokenizer, Limits(3, 3), ["a", "a b a"], ["a", "a b", "a b a b a"])
+    cuts = encoder.cuts(["a", "a b a"], chosen=["a", "a b", "a b a b a"])
+    assert cuts["chosen"] == Cut(texts=3, cut=1, tokens=11, lost=3, unknown=0)
+    assert cuts["prompts"] == Cut(texts=2, cut=1, tokens=6, lost=1, unknown=0)  # with the marker of a reply
+
+
+def test_pairs_that_cannot_be_encoded_are_left_out_and_counted():
+    tokenizer = policy.word_tokenizer(["a", "b"])  # cannot tell the text "<eos>" from the end
+    rows = [{"prompt": p, "chosen": c, "rejected": "b"} for p, c in (("a", "a"), ("a", "a <eos> a"), ("b <eos>", "a"))]
+    encoder = account.Encoder(tokenizer, WIDE, ["a", "b <eos>"], ["a", "b", "a <eos> a"])
+    reason = "the text spells out a control token that the tokenizer cannot read as text"
+    assert [encoder.fault(row) for row in rows] == [None, (reason, "<eos>"), (reason, "<eos>")]
 
 
 WORLD = {
@@ -208,6 +194,33 @@ def test_the_world_as_a_dataset():
     assert not unordered[0] & unordered[1]
     row = dataset.pairs[0]
     assert dataset.reward(row["prompt"], row["chosen"]) == row["reward_chosen"]
+
+
+def test_the_world_under_wide_limits_is_the_world():
+    known, words = data.from_world(seed=3, **WORLD), policy.word_tokenizer(world.vocabulary())
+    limited = data.under_limits(known, words, Limits(24, 28))
+    assert dataclasses.replace(limited, account=None) == known
+    assert not limited.account.changed() and limited.account.pairs == 300
+    assert {kind: cut.texts for kind, cut in limited.account.cut.items()} == {
+        "prompts": 1536, "chosen": 300, "rejected": 300, "demonstrations": 250,
+    }  # fmt: skip
+
+
+def test_the_world_under_narrow_limits_loses_what_cannot_be_told_apart_and_says_so():
+    known, words = data.from_world(seed=3, **WORLD), policy.word_tokenizer(world.vocabulary())
+    limited = data.under_limits(known, words, Limits(24, 4))
+    same = [row for row in known.pairs if row["chosen"].split()[:4] == row["rejected"].split()[:4]]
+    assert len(known.pairs) - len(limited.pairs) == len(same) > 0
+    assert limited.account.changed() and limited.account.cut["chosen"].cut == 300
+    with pytest.raises(DataError, match="max_prompt=1, max_response=28 too little of the world"):
+        data.under_limits(known, words, Limits(1, 28))
+
+
+def test_a_digest_names_pairs_and_labels():
+    one, same, other = (
+        data.from_world(seed=s, **WORLD | {"label_noise": n}) for s, n in ((0, 0.2), (0, 0.2), (0, 0.0))
+    )
+    assert one.digest() == same.digest() != other.digest()
 
 
 def test_seeds_of_the_world_share_prompts_and_differ_in_pairs():
@@ -276,27 +289,19 @@ def test_a_batch_has_one_shape():
         Batch(torch.zeros(3), torch.zeros(3), torch.zeros(3))
 
 
-def test_encoding_with_a_chat_template():
+def test_encoding_cuts_prompts_at_their_beginning_and_responses_at_their_end():
     """A prompt ends with the marker, a response with the end; both are cut where they are too long."""
     tokenizer = policy.word_tokenizer(["a", "b", "c"])
     pad, eos, unk, reply, a, b, c = range(7)
-    assert data.prompt_ids(tokenizer, "a b zoo", max_prompt=9) == [a, b, unk, reply]
-    assert data.prompt_ids(tokenizer, "a b c", max_prompt=2) == [c, reply]
-    assert data.response_ids(tokenizer, "b c", max_response=3) == [b, c, eos]
-    assert data.response_ids(tokenizer, "b c", max_response=2) == [b, c]
     batch = data.encode(tokenizer, ["a", "a"], ["b", "c c"], max_prompt=5, max_response=5)
     assert batch.ids.tolist() == [[a, reply, b, eos, pad], [a, reply, c, c, eos]]
     assert batch.response.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
-
-
-def test_encoding_without_a_chat_template_puts_two_newlines_between():
-    tokenizer = policy.bpe_tokenizer(["hello there"] * 5, 300)
-    tokenizer.chat_template = None
-    assert tokenizer.decode(data.prompt_ids(tokenizer, "hello", max_prompt=9)) == "hello\n\n"
+    cut = data.encode(tokenizer, ["a b zoo", "c"], ["b c", "b c"], max_prompt=2, max_response=2)
+    assert cut.ids.tolist() == [[unk, reply, b, c], [c, reply, b, c]]
 
 
 def test_no_text_of_the_world_is_cut_at_the_default_lengths():
     tokenizer = policy.word_tokenizer(world.vocabulary())
     rows = data.from_world(seed=0, **WORLD).pairs
-    assert max(len(data.prompt_ids(tokenizer, row["prompt"], 99)) for row in rows) <= 24
-    assert max(len(data.response_ids(tokenizer, row["chosen"], 99)) for row in rows) <= 28
+    assert max(map(len, chat.prompt_ids(tokenizer, [row["prompt"] for row in rows]))) <= 24
+    assert max(map(len, chat.response_ids(tokenizer, [row["chosen"] for row in rows]))) <= 28

@@ -1,32 +1,30 @@
-"""Preference data: from the world or from a file, as one `Dataset`; and its encoding as padded tensors."""
+"""Preference data: from the world or a file, as one `Dataset` with its account; its encoding as padded tensors."""
 
-import gzip
 import hashlib
 import json
 import random
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from . import world
+from . import chat, world
+from .account import Account, Encoder, Limits, count
+from .layouts import DataError, Prompt, Reading, identity
 
-
-class DataError(ValueError):
-    """A dataset that cannot be read or cannot be split as asked; the message says what to change."""
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Everything an experiment reads, as plain text.
+    """Everything an experiment reads.
 
     pairs, check: dicts of prompt, chosen, rejected and, from the world, reward_chosen, reward_rejected and
         flipped. `check` is drawn like `pairs` but disjoint from it: a second probe to measure on.
     demonstrations, check_demonstrations: dicts of prompt, response, likewise.
-    prompts: those of "train", "validation" and "held_out".
+    prompts: those of "train", "validation" and "held_out"; a text, or a conversation (`layouts.Prompt`).
+    account: what became of every record, once the limits on lengths are known.
     reward: (prompt, reply) -> points of true reward, or None where no true reward is known.
     """
 
@@ -34,9 +32,14 @@ class Dataset:
     check: list[dict]
     demonstrations: list[dict]
     check_demonstrations: list[dict]
-    prompts: dict[str, list[str]]
+    prompts: dict[str, list[Prompt]]
     reward: Callable[[str, str], float] | None
-    problems: tuple[str, ...] = ()
+    account: Account | None = None
+
+    def digest(self) -> str:
+        """A hash of the pairs, their labels included: two data sets can be compared by it."""
+        shown = [[identity(row["prompt"]), row["chosen"], row["rejected"]] for row in self.pairs + self.check]
+        return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def from_world(
@@ -48,111 +51,42 @@ def from_world(
     label_noise: float,
     validation: int,
     held_out: int,
+    skills: dict[str, dict[str, float]] | None = None,
 ) -> Dataset:
-    """The controlled world as a Dataset.
+    """The controlled world as a Dataset, by demonstrators of the given skills (None: `world.SKILLS`).
 
     The split of prompts is the same for every seed, so that seeds can be compared prompt by prompt; pairs and
     demonstrations differ by seed. Raises ValueError on impossible settings (see `world`).
     """
     split = world.split_prompts(0, validation, held_out)
     train = split["train"]
-    train_pairs = world.pairs(train, pairs, label_noise, seed)
+    train_pairs = world.pairs(train, pairs, label_noise, seed, skills=skills)
     seen = {(row["prompt"], *sorted((row["chosen"], row["rejected"]))) for row in train_pairs}
     # the second probe leaves out the training pairs that it happens to draw again
-    drawn = world.pairs(train, 2 * check + 100, label_noise, seed, part="check")
+    drawn = world.pairs(train, 2 * check + 100, label_noise, seed, part="check", skills=skills)
     fresh = [row for row in drawn if (row["prompt"], *sorted((row["chosen"], row["rejected"]))) not in seen]
     if len(fresh) < check:
         raise DataError(f"check={check}: the world yields only {len(fresh)} pairs that are not among pairs={pairs}")
     return Dataset(
         pairs=train_pairs,
         check=fresh[:check],
-        demonstrations=world.demonstrations(train, demonstrations, seed),
-        check_demonstrations=world.demonstrations(train, check, seed, part="check demonstrations"),
+        demonstrations=world.demonstrations(train, demonstrations, seed, skills=skills),
+        check_demonstrations=world.demonstrations(train, check, seed, part="check demonstrations", skills=skills),
         prompts={name: [p.text for p in part] for name, part in split.items()},
         reward=lambda prompt, reply: world.reward(world.parse_prompt(prompt), reply),
     )
 
 
-def _text(value, role: str) -> str:
-    """The text of a standard (str) or conversational (list of messages) field."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
-        messages = [m for m in value if m.get("role") == role]
-        if messages and isinstance(messages[-1].get("content"), str):
-            return messages[-1]["content"]
-    raise ValueError(f"neither a text nor a list of messages with a {role!r} message")
+def split_by_prompt(
+    rows: Sequence[dict], *, pairs: int, check: int, validation: int, held_out: int
+) -> tuple[dict[str, list[dict]], dict[str, list[Prompt]]]:
+    """Deal out all pairs of a file, and its prompts, to "train", "check", "validation" and "held_out".
 
-
-def _prompt_of(row: dict) -> str:
-    """The prompt, explicit or, in conversational rows, the user's last message before the answers."""
-    if "prompt" in row:
-        return _text(row["prompt"], "user")
-    if isinstance(row.get("chosen"), list):
-        return _text(row["chosen"], "user")
-    raise ValueError("no 'prompt'")
-
-
-def _parse_pair(line: str) -> dict:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    missing = [key for key in ("chosen", "rejected") if key not in row]
-    if missing:
-        raise ValueError(f"no {missing[0]!r}")
-    pair = {
-        "prompt": _prompt_of(row),
-        "chosen": _text(row["chosen"], "assistant"),
-        "rejected": _text(row["rejected"], "assistant"),
-    }
-    empty = [key for key, text in pair.items() if not text.strip()]
-    if empty:
-        raise ValueError(f"{empty[0]!r} is empty")
-    "".join(pair.values()).encode()  # raises where an escaped half of a character pair stands alone
-    if pair["chosen"] == pair["rejected"]:
-        raise ValueError("'chosen' and 'rejected' are the same text")
-    return pair
-
-
-def read_pairs(path: str | Path) -> tuple[list[dict], list[str]]:
-    """Read preference pairs from a .jsonl or .jsonl.gz file of prompt, chosen, rejected.
-
-    Texts may be plain strings or conversations (lists of role and content, prompt explicit or implicit).
-    Returns the pairs and one message for each line that could not be used, by number.
-    Raises DataError if the file cannot be read at all or holds no usable pair.
+    By a hash of the prompt: who gets what does not depend on the order of the file. `pairs` and `check` say in which
+    proportion, `validation` and `held_out` are numbers of prompts. Raises DataError if there are too few prompts.
     """
-    path = Path(path)
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise DataError(f"dataset={str(path)!r}: must be 'world' or the path of a .jsonl or .jsonl.gz file")
-    if not path.is_file():
-        raise DataError(f"dataset={str(path)!r}: no such file (the path is relative to {Path.cwd().name!r})")
-    pairs, problems, number = [], [], 0
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as lines:
-            for number, raw in enumerate(lines, 1):
-                try:
-                    if raw.strip():
-                        pairs.append(_parse_pair(raw.decode("utf-8")))
-                except ValueError as error:  # includes JSON and UTF-8 errors
-                    problems.append(f"line {number}: {error}")
-                except RecursionError:
-                    problems.append(f"line {number}: nested too deeply")
-    except (OSError, EOFError, zlib.error) as error:
-        problems.append(f"after line {number}: {error}")
-    if not pairs:
-        raise DataError(f"dataset={str(path)!r}: no usable pair; " + "; ".join(problems[:3] or ["the file is empty"]))
-    return pairs, problems
-
-
-def from_file(path: str | Path, *, pairs: int, check: int, validation: int, held_out: int) -> Dataset:
-    """A local preference file as a Dataset, split by prompt; chosen responses serve as demonstrations.
-
-    The split is by a hash of the prompt's text: it does not depend on the order of the lines. `pairs` and
-    `check` are upper bounds, `validation` and `held_out` numbers of prompts. Raises DataError.
-    """
-    rows, problems = read_pairs(path)
-    order = sorted({row["prompt"] for row in rows}, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    known = {identity(row["prompt"]): row["prompt"] for row in rows}
+    order = [known[key] for key in sorted(known, key=lambda text: hashlib.sha256(text.encode()).hexdigest())]
     if validation + held_out + 2 > len(order):
         raise DataError(
             f"validation={validation}, held_out={held_out}: the file has {len(order)} different prompts, "
@@ -161,23 +95,101 @@ def from_file(path: str | Path, *, pairs: int, check: int, validation: int, held
     rest = order[validation + held_out :]
     share = check / (pairs + check)
     cut = min(max(1, round(share * len(rest))), len(rest) - 1)
-    part = dict.fromkeys(rest[:cut], "check") | dict.fromkeys(rest[cut:], "train")
-    shuffled = random.Random("0/file").sample(rows, len(rows))
-    train_pairs = [row for row in shuffled if part.get(row["prompt"]) == "train"][:pairs]
-    check_pairs = [row for row in shuffled if part.get(row["prompt"]) == "check"][:check]
+    prompts = {
+        "validation": order[:validation],
+        "held_out": order[validation : validation + held_out],
+        "check": rest[:cut],
+        "train": rest[cut:],
+    }
+    part = {prompt: name for name, own in prompts.items() for prompt in own}
+    dealt: dict[str, list[dict]] = {name: [] for name in prompts}
+    for row in random.Random("0/file").sample(rows, len(rows)):
+        dealt[part[row["prompt"]]].append(row)
+    return dealt, prompts
+
+
+def from_file(
+    reading: Reading, tokenizer: PreTrainedTokenizerBase, limits: Limits, *, pairs: int, check: int, **kept: int
+) -> Dataset:
+    """A preference file as a Dataset: what can be used of it under the limits; chosen responses are demonstrations too.
+
+    At most `pairs` and `check` pairs; what cutting makes equal is left out (see `account.Encoder`). kept: as for
+    `split_by_prompt`. Raises DataError if nothing is left of a part.
+    """
+    dealt, prompts = split_by_prompt(reading.pairs, pairs=pairs, check=check, **kept)
+    order = [prompt for own in prompts.values() for prompt in own]
+    encoder = Encoder(tokenizer, limits, order, [row[side] for row in reading.pairs for side in SIDES])
+    dropped = encoder.faults(reading.pairs)
+    left = {name: [row for row in rows if encoder.fault(row) is None] for name, rows in dealt.items()}
+    asked = {name: [prompt for prompt in own if encoder.prompt_fault(prompt) is None] for name, own in prompts.items()}
+    for name, rest in (("pairs", left["train"]), ("check", left["check"]), ("held_out", asked["held_out"])):
+        if not rest:
+            reasons = "; ".join(f"{n} x {reason}" for reason, n in count(dropped).items())
+            raise DataError(f"{name}: nothing is left of this part of the file under {limits} ({reasons})")
+    train, checked = left["train"][:pairs], left["check"][:check]
+    in_use = train + checked
+    parts = {
+        "to train on": len(train),
+        "to check on": len(checked),
+        "of prompts kept for validation and evaluation": len(left["validation"]) + len(left["held_out"]),
+        "more than were asked for": len(left["train"]) + len(left["check"]) - len(in_use),
+    }
+    read = dict.fromkeys([*(row["prompt"] for row in in_use), *asked["validation"], *asked["held_out"]])
+    cuts = encoder.cuts(list(read), **{side: [row[side] for row in in_use] for side in SIDES})
     return Dataset(
-        pairs=train_pairs,
-        check=check_pairs,
-        demonstrations=[{"prompt": row["prompt"], "response": row["chosen"]} for row in train_pairs],
-        check_demonstrations=[{"prompt": row["prompt"], "response": row["chosen"]} for row in check_pairs],
-        prompts={
-            "train": rest[cut:],
-            "validation": order[:validation],
-            "held_out": order[validation : validation + held_out],
-        },
+        pairs=train,
+        check=checked,
+        demonstrations=[{"prompt": row["prompt"], "response": row["chosen"]} for row in train],
+        check_demonstrations=[{"prompt": row["prompt"], "response": row["chosen"]} for row in checked],
+        prompts={name: asked[name] for name in ("train", "validation", "held_out")},
         reward=None,
-        problems=tuple(problems),
+        account=Account(
+            layout=reading.layout,
+            columns=reading.unread,
+            records=reading.records,
+            unread=tuple(reading.left_out),
+            pairs=len(reading.pairs),
+            dropped=tuple(dropped),
+            parts=parts,
+            limits=limits,
+            cut=cuts,
+        ),
     )
+
+
+def under_limits(known: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Dataset:
+    """The world with its account: the same where no text is longer than the limits, else without what they make equal.
+
+    Raises DataError if nothing is left of a part.
+    """
+    rows, shown = known.pairs + known.check, known.demonstrations + known.check_demonstrations
+    order = [prompt for name in ("validation", "held_out", "train") for prompt in known.prompts[name]]
+    texts = [row[side] for row in rows for side in SIDES] + [row["response"] for row in shown]
+    encoder = Encoder(tokenizer, limits, order, texts)
+    pairs, check = ([row for row in part if encoder.fault(row) is None] for part in (known.pairs, known.check))
+    told, check_told = (
+        [row for row in part if encoder.prompt_fault(row["prompt"]) is None]
+        for part in (known.demonstrations, known.check_demonstrations)
+    )
+    prompts = {
+        name: [prompt for prompt in own if encoder.prompt_fault(prompt) is None] for name, own in known.prompts.items()
+    }
+    if not all((pairs, check, told, check_told, *prompts.values())):
+        raise DataError(f"under {limits} too little of the world can be told apart")
+    responses = {side: [row[side] for row in rows] for side in SIDES}
+    cuts = encoder.cuts(order, **responses, demonstrations=[row["response"] for row in shown])
+    account = Account(
+        layout="the world",
+        columns=(),
+        records=0,
+        unread=(),
+        pairs=len(rows),
+        dropped=tuple(encoder.faults(rows)),
+        parts={"to train on": len(pairs), "to check on": len(check)},
+        limits=limits,
+        cut=cuts,
+    )
+    return Dataset(pairs, check, told, check_told, prompts, known.reward, account)
 
 
 @dataclass(frozen=True)
@@ -234,25 +246,6 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     return Batch(stack("ids"), stack("attention"), stack("response"))
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, max_prompt: int) -> list[int]:
-    """Token ids of a prompt, ready for a reply: the tokenizer's chat template, or two newlines without one.
-
-    Longer prompts lose their beginning: the last `max_prompt` ids are kept.
-    """
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer(prompt + "\n\n")["input_ids"]
-    return ids[-max_prompt:]
-
-
-def response_ids(tokenizer: PreTrainedTokenizerBase, response: str, max_response: int) -> list[int]:
-    """Token ids of a response with its end-of-text token; a longer one is cut and then has no end."""
-    ids = tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return ids[:max_response]
-
-
 def pad(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int, side: str = "right") -> Batch:
     """Stack prompts and responses (token ids) into a Batch, padded on one side.
 
@@ -279,13 +272,22 @@ def pad(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: in
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     responses: Sequence[str],
     *,
     max_prompt: int,
     max_response: int,
 ) -> Batch:
-    """Texts to a right-padded Batch; each different prompt is tokenised once."""
-    known = {text: prompt_ids(tokenizer, text, max_prompt) for text in dict.fromkeys(prompts)}
-    encoded = [response_ids(tokenizer, text, max_response) for text in responses]
-    return pad([known[text] for text in prompts], encoded, tokenizer.pad_token_id)
+    """Prompts and responses as a right-padded Batch; each different text is encoded once.
+
+    Of a longer prompt the last `max_prompt` tokens are kept, of a longer response the first `max_response`: it then
+    has no end. Raises ChatError.
+    """
+    asked, told = list(dict.fromkeys(prompts)), list(dict.fromkeys(responses))
+    questions = dict(zip(asked, chat.prompt_ids(tokenizer, asked), strict=True))
+    answers = dict(zip(told, chat.response_ids(tokenizer, told), strict=True))
+    return pad(
+        [questions[prompt][-max_prompt:] for prompt in prompts],
+        [answers[response][:max_response] for response in responses],
+        tokenizer.pad_token_id,
+    )

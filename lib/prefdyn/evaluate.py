@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Dataset, pad, prompt_ids
+from . import chat
+from .data import Dataset, pad
+from .layouts import Prompt, shown
 from .policy import decode, entropy_and_kl, generate
 
 
@@ -20,20 +22,25 @@ def win_rate(rewards: Sequence[float], baseline: Sequence[float]) -> float:
 def reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_prompt: int,
     max_response: int,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts and of the policy's replies to them, greedy by default."""
-    asked = [prompt_ids(tokenizer, text, max_prompt) for text in prompts]
+    """Token ids of the prompts and of the policy's replies to them, greedy by default.
+
+    Of a longer prompt the last `max_prompt` tokens are kept; a reply ends where the model's turn does (`chat.ends`).
+    """
+    distinct = list(dict.fromkeys(prompts))
+    known = dict(zip(distinct, chat.prompt_ids(tokenizer, distinct), strict=True))
+    asked = [known[prompt][-max_prompt:] for prompt in prompts]
     responses = generate(
         model,
         asked,
         max_response=max_response,
-        eos_id=tokenizer.eos_token_id,
+        ends=chat.ends(tokenizer, getattr(model, "generation_config", None)),
         pad_id=tokenizer.pad_token_id,
         temperature=temperature,
         seed=seed,
@@ -41,7 +48,7 @@ def reply(
     return asked, responses
 
 
-def rewards(dataset: Dataset, prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
+def rewards(dataset: Dataset, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[float]:
     """True reward of each reply; NaN where no true reward is known."""
     if dataset.reward is None:
         return [float("nan")] * len(replies)
@@ -82,7 +89,7 @@ def evaluate(
         "kl": kl.mean().item() if reference is not None else float("nan"),
     }
     rows = [
-        {"prompt": prompt, "reply": text, "reward": points, "sampled": other}
+        {"prompt": shown(prompt), "reply": text, "reward": points, "sampled": other}
         for prompt, text, points, other in zip(prompts, greedy_texts, greedy_rewards, sampled_rewards, strict=True)
     ]
     return metrics, rows

@@ -18,10 +18,12 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
+from .data import Dataset
 from .runs import Run
 from .stats import Estimate
 
 KEY = "prefdyn"  # of the metadata that carries values
+DIGEST = "pairs"  # what a page describes, by `Dataset.digest`
 MOST_SEEDS = 32  # values behind a number that are kept with it: more are examples, not seeds
 
 
@@ -62,6 +64,19 @@ def say(text: str, **values: Any) -> None:
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
 
 
+def data(known: Dataset) -> None:
+    """Display what was read of a preference file, left out (by reason) and cut; of the world, what the limits change.
+
+    The digest of the pairs stays with the output, so that a test can tell whether they are the ones that runs read.
+    """
+    account, kept = known.account, {DIGEST: known.digest()}
+    if account.records or account.changed():
+        texts(({"of the data": what, "": how_much} for what, how_much in account.rows()), **kept)
+    else:
+        shown = f"Data: {len(known.pairs)} pairs to train on, {len(known.check)} to check on; no text is cut."
+        display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: kept}, raw=True)
+
+
 def markdown(text: str) -> None:
     """Display Markdown of our own as it is; texts from data belong in `texts`."""
     display({"text/markdown": text, "text/plain": text}, raw=True)
@@ -78,8 +93,11 @@ def table(frame: pd.DataFrame, digits: int = 2) -> None:
     display({"text/html": shown, "text/plain": frame.to_string(index=False)}, raw=True)
 
 
-def texts(rows: Iterable[dict[str, Any]]) -> None:
-    """Display rows of named texts (prompts, replies) as a table whose columns wrap, if any; all is escaped."""
+def texts(rows: Iterable[dict[str, Any]], **kept: Any) -> None:
+    """Display rows of named texts (prompts, replies) as a table whose columns wrap, if any; all is escaped.
+
+    kept: what stays with the output, unseen.
+    """
     rows = list(rows)
     if not rows:
         return
@@ -93,6 +111,7 @@ def texts(rows: Iterable[dict[str, Any]]) -> None:
             "text/html": f'<table class="dataframe texts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
             "text/plain": plain,
         },
+        metadata={KEY: kept},
         raw=True,
     )
 
