@@ -45,6 +45,7 @@ rule html:
         "_config.yml",
         "book/_toc.yml",
         "book/references.bib",
+        "data/architectures.csv",
         ASSETS,
     output:
         touch("_build/html/.complete"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from prefdyn import claims, cli
+from prefdyn import claims, cli, page, params, plan, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -71,10 +71,43 @@ def test_a_chapter_executes_on_a_file_of_preferences(chapter, dataset, tmp_path,
     ]
     text = "\n".join(shown)
     assert len(shown) > 5 and "nan" not in text.lower().replace("naïve", "")
+    assert described(nbformat.read(output, as_version=4)) and "records read | 120 (pairs)" in text
     if chapter == "08-ledger":
         assert "Of 7 claims: 7 not run" in text
     elif chapter != "07-prediction":  # G needs no true reward
         assert "not known" in text
+
+
+def described(notebook: nbformat.NotebookNode) -> set[str]:
+    """Digests of the pairs that a chapter describes."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return {kept[page.DIGEST] for o in outputs if page.DIGEST in (kept := o.get("metadata", {}).get(page.KEY, {}))}
+
+
+def assert_describes_what_its_runs_read(notebook: nbformat.NotebookNode) -> None:
+    p = params.check(notebook.metadata.papermill.parameters)
+    read = plan.dpo_run(p, p.seeds[0]).data
+    assert plan.reward_run(p, p.seeds[0]).data == plan.ppo_run(p, p.seeds[0], reward="learned").data == read
+    assert described(notebook) == {recipes.dataset(read).digest()}
+
+
+def test_the_first_chapter_describes_the_labels_that_later_chapters_train_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFDYN_RUNS", str(tmp_path / "runs"))
+    source = ROOT / "notebooks" / "01-setting.ipynb"
+    given = {"profile": "smoke", "seeds": [0], "sft_steps": 4, "label_noise": 0.3}
+    notebook = nbformat.read(cli.execute_chapter(source, given, tmp_path / "out.ipynb"), as_version=4)
+    assert_describes_what_its_runs_read(notebook)
+    flipped = page.collect_values(notebook)["flipped"]["value"]
+    pairs = recipes.dataset(plan.dpo_run(params.check(given), 0).data).pairs
+    assert flipped == pytest.approx(sum(row["flipped"] for row in pairs) / len(pairs)) and 0.2 < flipped < 0.4
+
+
+@pytest.mark.parametrize("chapter", [name for name in CHAPTERS if name != "06-exact"])
+def test_a_page_describes_the_pairs_that_its_runs_read(chapter):
+    executed = ROOT / "book" / "notebooks" / f"{chapter}.ipynb"
+    if not executed.is_file():
+        pytest.skip("the book is not built")
+    assert_describes_what_its_runs_read(nbformat.read(executed, as_version=4))
 
 
 def test_figures_of_the_ledger_exist():

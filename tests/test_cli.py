@@ -1,12 +1,17 @@
 """The command line on a small project of its own: what it lists, executes, keeps and refuses."""
 
+import errno
+import importlib.util
 import json
+import math
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
-from prefdyn import cli
+from prefdyn import cli, params
 from prefdyn.cli import CommandError, parse_assignment
 from prefdyn.runs import RunStore
 from toys.specs import Toy
@@ -69,10 +74,23 @@ def call(monkeypatch, capsys):
         ("beta=true", ("beta", True)),
         ("model=", ("model", "")),
         ("model={[]: 1}", ("model", "{[]: 1}")),
+        ("beta=inf", ("beta", math.inf)),
+        ("beta= +Infinity ", ("beta", math.inf)),
+        ("beta=-inf", ("beta", -math.inf)),
+        ("beta=1e999", ("beta", math.inf)),
+        ("model=+-inf", ("model", "+-inf")),
+        ("model=info", ("model", "info")),
+        ("today=2025-01-01", ("today", "2025-01-01")),
+        ("today=2025-10-10", ("today", "2025-10-10")),
     ],
 )
 def test_assignments(text, expected):
     assert parse_assignment(text) == expected
+
+
+def test_not_a_number_is_a_number_too():
+    name, value = parse_assignment("lr=NaN")
+    assert name == "lr" and math.isnan(value)
 
 
 @pytest.mark.parametrize("text", ["beta", "=3", " =3", ""])
@@ -148,9 +166,16 @@ def test_executing_a_chapter(project, call):
         (["-p", "beta=-1"], "beta: given -1 (int); allowed: a number > 0"),
         (["-p", "seeds=1,1"], "each seed once"),
         (["-p", "beta"], "name=value"),
+        (["-p", "beta=inf"], "beta: given inf (float); allowed: a number > 0"),
+        (["-p", "beta=-Infinity"], "beta: given -inf (float)"),
+        (["-p", "beta=nan"], "beta: given nan (float)"),
+        (["-o", "."], ".: is a folder; name the file to write, e.g. executed.ipynb"),
+        (["-o", "../lib"], "../lib: is a folder; name the file to write, e.g. ../lib/executed.ipynb"),
+        (["-o", "01-tiny.ipynb/out.ipynb"], "01-tiny.ipynb/out.ipynb: cannot be written ("),
+        (["-o", "01-tiny.ipynb"], "01-tiny.ipynb: would be written over by its own result; name another with -o"),
     ],
 )
-def test_wrong_parameters_stop_before_anything_runs(project, call, monkeypatch, arguments, said):
+def test_what_is_wrong_stops_before_anything_runs(project, call, monkeypatch, arguments, said):
     def no_kernel(*args, **kwargs):
         raise AssertionError("the notebook was started")
 
@@ -158,6 +183,186 @@ def test_wrong_parameters_stop_before_anything_runs(project, call, monkeypatch, 
     status, out, err = call("execute", "01", *arguments)
     assert status == 2 and said in err and out == "" and "Traceback" not in err
     assert not (project / "book").exists()
+
+
+@pytest.mark.parametrize("read_only", ["notebooks", "_values"])
+def test_a_book_that_cannot_be_written_stops_before_anything_runs(project, call, monkeypatch, read_only):
+    def no_kernel(*args, **kwargs):
+        raise AssertionError("the notebook was started")
+
+    def write(dir):
+        if Path(dir).name == read_only:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return open(Path(dir) / "written", "w")
+
+    monkeypatch.setattr(cli.papermill, "execute_notebook", no_kernel)
+    monkeypatch.setattr(tempfile, "TemporaryFile", write)
+    name = "01-tiny.ipynb" if read_only == "notebooks" else "01-tiny.json"
+    status, _, err = call("execute", "01")
+    assert (status, err) == (2, f"../book/{read_only}/{name}: cannot be written (Read-only file system)\n")
+
+
+def test_reference_results_that_cannot_be_written_are_said(project, call):
+    leave_values(project, gain=[1.0, 2.0, 3.0])
+    (project / "data").write_text("")
+    status, _, err = call("reference")
+    assert status == 2 and err.startswith("../data/reference/reader.json: cannot be written (")
+
+
+def parameters_cell(project: Path, source: str) -> None:
+    """Give the tiny chapter another parameters cell."""
+    path = project / "notebooks" / "01-tiny.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = source
+    nbformat.write(notebook, path)
+
+
+COMPUTED = '''"""What may be changed."""
+profile: str = "smoke"
+beta = 1 / 4
+seeds = list(
+    range(2)
+)
+pairs = lr = None'''
+
+
+def test_defaults_may_be_computed(project, call):
+    """They are listed as they are written; only names, and what is given, can be checked beforehand."""
+    parameters_cell(project, COMPUTED)
+    path = project / "notebooks" / "01-tiny.ipynb"
+    known = {"profile": "smoke", "beta": None, "seeds": None, "pairs": None, "lr": None}
+    assert cli.known_parameters(path) == known
+    status, out, _ = call("chapters")
+    assert status == 0 and "default: 1 / 4" in out and "default: list(range(2))" in out
+    assert "default: smoke 128, reader 1024" in out
+    for given, said in (("betta=1", "Did you mean 'beta'?"), ("beta=-1", "beta: given -1 (int)")):
+        status, _, err = call("execute", "01", "-p", given)
+        assert status == 2 and said in err
+    status, _, err = call("execute", "01", "-o", str(project / "out {x}.ipynb"))
+    assert status == 0, err
+    assert "Beta is 0.2" in (project / "out {x}.ipynb").read_text()  # 0.25 to one digit
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda project: parameters_cell(project, "profile = "),
+            "01-tiny.ipynb: its parameters cell is no Python (line 1",
+        ),
+        (lambda project: parameters_cell(project, "colour = 1"), "colour: no such parameter"),
+        (lambda project: (project / "notebooks/01-tiny.ipynb").write_text("x"), "cannot be read as a notebook"),
+        (lambda project: (project / "notebooks/01-tiny.ipynb").write_text("[]"), "cannot be read as a notebook"),
+        (lambda project: (project / "notebooks/01-tiny.ipynb").write_bytes(b"\xff"), "cannot be read as a notebook"),
+    ],
+)
+def test_a_notebook_that_cannot_be_used_is_said(project, call, spoil, said):
+    spoil(project)
+    for command in (["execute", "01"], ["chapters"]):
+        status, _, err = call(*command)
+        assert status == 2 and said in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["chapters"], ["execute", "01"], ["verify"], ["reference"]])
+def test_outside_of_the_book_every_command_says_where_to_go(tmp_path, monkeypatch, call, arguments):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "") and "no book is here or above; run this in the book's folder" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["JUPYTER_PATH", "JUPYTER_DATA_DIR"])
+def test_chapters_are_executed_by_the_interpreter_that_runs_the_command(project, call, monkeypatch, where):
+    """Whatever is installed as "python3", and with what a notebook says of its kernel unchanged."""
+    kernel = project / "foreign" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    (kernel / "kernel.json").write_text('{"argv": ["false"], "display_name": "Foreign", "language": "python"}')
+    monkeypatch.setenv(where, str(project / "foreign"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    path, out = project / "notebooks" / "01-tiny.ipynb", project / "out.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[4].source = "import sys\n\nprint(sys.executable)"
+    nbformat.write(notebook, path)
+    status, _, err = call("execute", "01", "-o", str(out))
+    assert status == 0, err
+    executed = nbformat.read(out, as_version=4)
+    assert executed.cells[4].outputs[0].text.strip() == sys.executable
+    assert executed.metadata["kernelspec"] == notebook.metadata["kernelspec"]
+    assert executed.metadata.keys() == {"kernelspec", "language_info", "papermill"}
+
+
+def test_what_papermill_is_given_reaches_the_check(project):
+    """By papermill's own command, which checks nothing: inf is no literal, and is refused by name all the same."""
+    with pytest.raises(papermill.PapermillExecutionError, match=r"beta: given inf \(float\); allowed: a number > 0"):
+        papermill.execute_notebook(
+            "01-tiny.ipynb", str(project / "out.ipynb"), parameters={"beta": math.inf}, progress_bar=False
+        )
+
+
+def test_what_the_library_refuses_is_a_line_and_what_fails_is_a_traceback(project, monkeypatch, call):
+    """Whatever kind of ValueError a command meets."""
+
+    def of_the_library() -> None:
+        params.check({"beta": -1})
+
+    def of_elsewhere() -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(cli, "app", of_the_library)
+    status, out, err = call()
+    assert (status, out) == (2, "") and "beta: given -1 (int)" in err
+    monkeypatch.setattr(cli, "app", of_elsewhere)
+    with pytest.raises(json.JSONDecodeError):
+        cli.main()
+
+
+@pytest.fixture
+def exclusively(monkeypatch):
+    """The script that keeps two builds apart, with a command that is noted instead of run."""
+    spec = importlib.util.spec_from_file_location("exclusively", ROOT / ".ci" / "exclusively.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.became = []
+    monkeypatch.setattr(module.os, "execvp", lambda name, command: module.became.append(command))
+    return module
+
+
+def test_a_build_becomes_its_command(exclusively, tmp_path):
+    exclusively.main(str(tmp_path / "deep" / "lock"), "make", "it")
+    assert exclusively.became == [("make", "it")]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        *((number, "Another build is running") for number in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)),
+        *((number, "has no locks") for number in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EIO)),
+    ],
+)
+def test_a_build_that_finds_no_lock_says_why(exclusively, tmp_path, monkeypatch, number, said):
+    def flock(*args):
+        raise OSError(number, "as the system says")
+
+    monkeypatch.setattr(exclusively.fcntl, "flock", flock)
+    with pytest.raises(SystemExit) as stopped:
+        exclusively.main(str(tmp_path / "lock"), "make")
+    assert said in stopped.value.code and exclusively.became == []
+    assert ("as the system says" in stopped.value.code) == (said == "has no locks")
+
+
+def test_a_second_build_is_told_of_the_first(exclusively, tmp_path):
+    with (tmp_path / "lock").open("w") as first:
+        exclusively.fcntl.flock(first, exclusively.fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="Another build is running in this folder"):
+            exclusively.main(str(tmp_path / "lock"), "make")
+    exclusively.main(str(tmp_path / "lock"), "make")
+    assert exclusively.became == [("make",)]
+
+
+def test_a_build_in_a_folder_that_cannot_be_written_says_so(exclusively, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"file: cannot be written \("):
+        exclusively.main(str(tmp_path / "file" / "lock"), "make")
 
 
 def test_unknown_chapters_list_the_known_ones(project, call):

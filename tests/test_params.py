@@ -1,8 +1,17 @@
 """Parameters: errors that say what to change, presets that hold together, and the runs that they describe."""
 
+import ast
 import json
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
+import IPython
+import nbformat
+import numpy as np
+import pandas as pd
 import pytest
+from huggingface_hub import constants
+from IPython.core.inputtransformer2 import TransformerManager
 from prefdyn import controls, params, plan, policy, variants
 from prefdyn.params import PRESETS, ParameterError, check, read_cells
 from prefdyn.runs import RunStore
@@ -73,7 +82,21 @@ REFUSED = {
     "zero": ({"beta": 0.0}, "beta: given 0.0 (float)"),
     "infinite": ({"epochs": float("inf")}, "epochs: given inf (float)"),
     "not a number": ({"lr": float("nan")}, "lr: given nan (float)"),
-    "not among the choices": ({"method": "best"}, "method: given 'best' (str); allowed: one of forward, central"),
+    "not among the choices": ({"method": "best"}, "method: given 'best' (str); allowed: one of auto, forward, central"),
+    "a day that is not there": ({"today": "2025-02-30"}, "today: given '2025-02-30' (str) (day"),
+    "a day in other words": (
+        {"today": "1 May 2025"},
+        "today: given '1 May 2025' (str) (no day as YYYY-MM-DD); allowed",
+    ),
+    "a day without dashes": ({"today": "20250501"}, "(no day as YYYY-MM-DD)"),
+    "a day in other digits": ({"today": "٢٠٢٥-٠١-٠١"}, "(no day as YYYY-MM-DD)"),
+    "a number for a day": ({"today": 2025}, "today: given 2025 (int); allowed: a text: the day"),
+    "a table for a data set": ({"dataset": pd.DataFrame({"x": [1, 2]})}, "(DataFrame); allowed: a text: 'world', a"),
+    "a function": ({"check": len}, "check: given <built-in function len> (builtin_function_or_method); allowed: a"),
+    "a set of seeds": ({"seeds": {1, 2}}, "seeds: given {1, 2} (set)"),
+    "fractions of an array": ({"seeds": np.array([0.5, 1.0])}, "seeds: given [0.5, 1.0] (list)"),
+    "a range with a seed below 0": ({"seeds": range(-1, 2)}, "seeds: given [-1, 0, 1] (list) (no negative seed)"),
+    "a NumPy number out of range": ({"beta": np.float32(-0.5)}, "beta: given -0.5 (float)"),
     "no dataset": ({"dataset": ""}, "dataset: given '' (str)"),
     "a number for a dataset": ({"dataset": 3}, "dataset: given 3 (int)"),
     "another profile": ({"profile": "huge"}, "profile: given 'huge' (str); allowed: one of smoke, reader, paper"),
@@ -130,39 +153,206 @@ def test_every_parameter_has_a_meaning_and_a_preset():
         params.presets("huge", "world")
 
 
+COMPUTED = {
+    "a range": ({"seeds": range(3)}, {"seeds": [0, 1, 2]}),
+    "a tuple": ({"seeds": (4, 5)}, {"seeds": [4, 5]}),
+    "an array": ({"seeds": np.arange(2)}, {"seeds": [0, 1]}),
+    "NumPy's whole numbers": ({"seeds": [np.int64(3)], "pairs": np.int32(64)}, {"seeds": [3], "pairs": 64}),
+    "NumPy's numbers": ({"beta": np.float64(0.5), "lr": np.array(0.25)}, {"beta": 0.5, "lr": 0.25}),
+    "NumPy's truths": ({"whiten": np.bool_(False)}, {"whiten": False}),
+    "NumPy's texts": ({"optimizer": np.str_("sgd")}, {"optimizer": "sgd"}),
+    "rows of an array": ({"dpo_negative": np.array([[0, 1], [8, 0]])}, {"dpo_negative": [[0, 1.0], [8, 0.0]]}),
+    "rows of tuples": ({"dpo_negative": ((0, 1.0), (8, 0.5))}, {"dpo_negative": [[0, 1.0], [8, 0.5]]}),
+    "names in a tuple": ({"variants": ("late", "early")}, {"variants": ["late", "early"]}),
+    "a path": ({"dataset": PurePosixPath("a/b.jsonl")}, {"dataset": "a/b.jsonl"}),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_values_that_mean_one_thing_are_taken_as_that(case):
+    """With plain types, as every file that names them shows them."""
+    given, plain = COMPUTED[case]
+    assert check(given) == check(plain)
+    for name, value in plain.items():
+        shown = check(given).model_dump(mode="json")[name]
+        assert shown == value and type(shown) is type(value)
+
+
+def test_the_day_that_is_told():
+    assert check({}).today == "2025-01-01" and check({"today": "2024-02-29"}).today == "2024-02-29"
+
+
 CELL = '# what a reader may change\nprofile = "smoke"\nbeta: float = None  # from the profile\nseeds = None'
 ASKS = "from prefdyn import params\np = params.read()"
 
 
-def test_parameters_are_read_from_the_cells_before():
-    assert read_cells(["import os", CELL, ASKS]) == check({"profile": "smoke"})
+def read_after(*cells: str) -> params.Parameters:
+    """What `read_cells` finds in a kernel that executed these cells, the last of which asks."""
+    namespace: dict = {}
+    for cell in cells[:-1]:
+        try:
+            exec(cell, namespace)
+        except Exception:  # as in a kernel, which goes on
+            continue
+    return read_cells(cells, namespace)
 
 
-def test_injected_parameters_override_the_cell():
-    injected = "# Parameters\nbeta = 0.5\nseeds = [3, 4]\n"
-    assert read_cells(["%matplotlib inline", CELL, injected, ASKS]) == check(
-        {"profile": "smoke", "beta": 0.5, "seeds": [3, 4]}
-    )
+SMOKE = {"profile": "smoke"}
+READ = {
+    "the cell": (["import os", CELL, ASKS], {}),
+    "a computed value": ([CELL, "beta = 1/2", ASKS], {"beta": 0.5}),
+    "a value computed in the cell": ([CELL.replace("None  #", "1 / 4  #"), ASKS], {"beta": 0.25}),
+    "a value computed from another": (["half = 0.5", CELL, "beta = half / 2", ASKS], {"beta": 0.25}),
+    "computed seeds": ([CELL, "seeds = list(range(5))", ASKS], {"seeds": [0, 1, 2, 3, 4]}),
+    "seeds of a comprehension": ([CELL, "seeds = [2 * k for k in range(2)]", ASKS], {"seeds": [0, 2]}),
+    "what papermill adds": (
+        ["%magic", CELL, "# Parameters\nbeta = 0.5\nseeds = [3, 4]\n", ASKS],
+        {"beta": 0.5, "seeds": [3, 4]},
+    ),
+    "with a profile": (
+        [CELL, '# Parameters\nprofile = "reader"\nbeta = 0.5', ASKS],
+        {"profile": "reader", "beta": 0.5},
+    ),
+    "the profile alone": ([CELL, 'profile = "reader"', ASKS], {"profile": "reader"}),
+    "two cells of one's own": ([CELL, "beta = 0.5", "'seeds'\nseeds = [7]", ASKS], {"beta": 0.5, "seeds": [7]}),
+    "several names at once": ([CELL, "beta, seeds = 0.5, [7]", ASKS], {"beta": 0.5, "seeds": [7]}),
+    "the same value twice": ([CELL.replace("seeds", "lr"), "beta = lr = 0.5", ASKS], {"beta": 0.5, "lr": 0.5}),
+    "not by assignment alone": ([CELL, "if True:\n    beta = 0.5", ASKS], {"beta": 0.5}),
+    "with an import": ([CELL, "import math\nbeta = math.sqrt(4)", ASKS], {"beta": 2.0}),
+    "by an operator": ([CELL, "beta = 2", "beta /= 4", ASKS], {"beta": 0.5}),
+    "shown": ([CELL, "beta = 0.5\nbeta", ASKS], {"beta": 0.5}),
+    "a word of explanation": ([CELL, "# nothing", "beta = 0.5", ASKS], {"beta": 0.5}),
+    "a declaration": ([CELL, "beta: float", ASKS], {}),
+    "taken away": ([CELL, "beta = 0.5", "del beta", ASKS], {}),
+    "changed and executed again": ([CELL, ASKS, "plot()", CELL.replace("None  #", "0.7  #"), ASKS], {"beta": 0.7}),
+    "changed and executed twice": ([CELL, CELL.replace("None  #", "0.7  #"), ASKS], {"beta": 0.7}),
+    "a name more in the cell": ([CELL, CELL + "\nlr = 0.25", ASKS], {"lr": 0.25}),
+    "another cell": ([CELL, ASKS, 'profile = "smoke"\nlr = 0.25', ASKS], {"lr": 0.25}),
+    "after a mistake": ([CELL, "betta = 1", ASKS, CELL, "beta = 1", ASKS], {"beta": 1.0}),
+    "asked again": ([CELL, "beta = 0.9", ASKS, "plot()", "x = 3", "plot()", ASKS], {"beta": 0.9}),
+    "set later": ([CELL, ASKS, "plot()", "beta = 0.5", "plot()", ASKS], {"beta": 0.5}),
+    "the profile, later": ([CELL, "beta = 0.9", ASKS, 'profile = "reader"', ASKS], {"profile": "reader", "beta": 0.9}),
+    "an assignment before": (["x = 3", CELL, ASKS], {}),
+}
 
 
-def test_injected_parameters_must_be_in_the_cell():
-    with pytest.raises(ParameterError, match=r"lr: no such parameter.*There are: beta, profile, seeds"):
-        read_cells([CELL, "# Parameters\nlr = 0.5", ASKS])
+@pytest.mark.parametrize("case", READ)
+def test_parameters_are_what_the_names_of_the_cell_stand_for_now(case):
+    cells, expected = READ[case]
+    assert read_after(*cells) == check(SMOKE | expected)
 
 
-def test_a_cell_that_was_changed_and_executed_again_counts():
-    again = CELL.replace("None  #", "0.7  #")
-    assert read_cells([CELL, ASKS, "plot()", again, ASKS]).beta == 0.7
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["beta = 1/2", ASKS], {"beta": 0.5}),
+        (["import os", "beta = 1/2", "os.sep", "seeds = [3]", ASKS], {"beta": 0.5, "seeds": [3]}),
+        (["beta = 0.9", ASKS, "beta = 0.5", ASKS], {"beta": 0.5}),
+        (["path, beta = 'x', 0.5", "plot()", "lr = 0.25", ASKS], {"beta": 0.5, "lr": 0.25}),
+        (["pairs = 64\nlr = 0.25", "beta = 0.5", ASKS], {"pairs": 64, "lr": 0.25, "beta": 0.5}),
+    ],
+)
+def test_a_notebook_of_ones_own_needs_no_profile(cells, expected):
+    assert read_after(*cells) == check(expected)
 
 
-def test_asking_again_later_reads_the_same_cell():
-    assert read_cells([CELL, "beta = 0.9", ASKS, "plot()", "x = 3", "plot()", ASKS]).beta == 0.9
+UNREAD = {
+    "papermill's name that the chapter has not": (
+        [CELL, "# Parameters\nlr = 0.5", ASKS],
+        "lr: no such parameter. There are: beta, profile, seeds",
+    ),
+    "a name that nobody has": ([CELL, "betta = 1/2", ASKS], "betta: no such parameter. Did you mean 'beta'? There are"),
+    "two cells on": ([CELL, "beta = 0.5", "sseeds = [1]", ASKS], "sseeds: no such parameter. Did you mean 'seeds'?"),
+    "with a profile": ([CELL, 'profile = "smoke"\nlr = 0.5', ASKS], "lr: no such parameter"),
+    "in the cell itself": ([CELL + "\nbetta = 1", ASKS], "betta: no such parameter. Did you mean 'beta'?"),
+    "in a notebook of one's own": (
+        ["beta = 0.5\nsseeds = [1]", ASKS],
+        "sseeds: no such parameter. Did you mean 'seeds'?",
+    ),
+    "right after, there": (["beta = 0.5", "sseeds = [1]", ASKS], "sseeds: no such parameter"),
+    "infinite": ([CELL, "# Parameters\nbeta = float('inf')", ASKS], "beta: given inf (float); allowed: a number > 0"),
+    "not a number": ([CELL, "# Parameters\nbeta = float('nan')", ASKS], "beta: given nan (float)"),
+    "nothing that can be used": (
+        [CELL, "beta = object", ASKS],
+        "beta: given <class 'object'> (type); allowed: a number",
+    ),
+}
 
 
-@pytest.mark.parametrize("cells", [[ASKS], ["lr = 0.5", ASKS], ["x = [y for y in z]", ASKS], ["(", ASKS]])
+@pytest.mark.parametrize("case", UNREAD)
+def test_what_cannot_be_read_is_named(case):
+    cells, said = UNREAD[case]
+    with pytest.raises(ParameterError) as error:
+        read_after(*cells)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cells", [[ASKS], ["rate = 0.5", ASKS], ["x = [y for y in z]", ASKS], ["(", ASKS], ["\0", ASKS]]
+)
 def test_without_a_parameters_cell_there_is_nothing_to_read(cells):
     with pytest.raises(ParameterError, match="no parameters cell"):
-        read_cells(cells)
+        read_after(*cells)
+
+
+def test_a_notebook_reads_its_own_cells(monkeypatch):
+    """`read` knows what was executed, and what names stand for, from the shell that runs it."""
+    namespace = {"In": ["", CELL, "beta = 1/2", ASKS], "profile": "smoke", "beta": 1 / 2, "seeds": (1,)}
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(user_ns=namespace))
+    assert params.read() == check({"profile": "smoke", "beta": 0.5, "seeds": [1]})
+
+
+def bound(node: ast.AST) -> set[str]:
+    """The names that code binds in the scope of a notebook, other than in functions, classes and comprehensions."""
+    names: set[str] = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names |= {child.name} | {n for part in ast.walk(child) if isinstance(part, ast.Global) for n in part.names}
+        elif isinstance(child, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            names |= {part.target.id for part in ast.walk(child) if isinstance(part, ast.NamedExpr)}
+        elif not isinstance(child, ast.Lambda):
+            if isinstance(child, ast.Name) and not isinstance(child.ctx, ast.Load):
+                names.add(child.id)
+            elif isinstance(child, ast.alias):
+                names.add(child.asname or child.name.partition(".")[0])
+            elif isinstance(child, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and child.name:
+                names.add(child.name)
+            elif isinstance(child, ast.MatchMapping) and child.rest:
+                names.add(child.rest)
+            names |= bound(child)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("code", "names"),
+    [
+        ("a = b = 1\nc, (d, *e) = f()\ng: int = 2\nh += 1\ndel i", "abcdeghi"),
+        ("for a, b in c:\n    d = 1\nelse:\n    e = 2", "abde"),
+        ("with a as b, c as (d, e):\n    f = 1", "bdef"),
+        ("if (a := b) and [c := d for e in f]:\n    pass", "ac"),
+        ("import a, b.x, c.x as d\nfrom e import f, g as h", "abdfh"),
+        ("try:\n    a = 1\nexcept b as c:\n    pass", "ac"),
+        ("match a:\n    case [b, *c] | {'x': d, **e} as f:\n        pass", "bcdef"),
+        ("def a(b):\n    global c\n    d = 1\nclass e:\n    f = 1\nlambda g: (h := g)", "ace"),
+        ("a.b = c[d] = e(f=1)\n{g: h for g, h in i}", ""),
+    ],
+)
+def test_names_that_code_binds(code, names):
+    assert bound(ast.parse(code)) == set(names)
+
+
+CHAPTERS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_chapter_gives_another_meaning_to_the_name_of_a_parameter(path):
+    """`read` would find it, in the cell that imports it or when it is asked again."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    own = bound(ast.parse(tagged[0].source))
+    elsewhere = [ast.parse(TransformerManager().transform_cell(cell.source)) for cell in cells if cell not in tagged]
+    assert own <= params.Parameters.model_fields.keys()
+    assert not {name for code in elsewhere for name in bound(code) & own}
 
 
 def test_outside_of_a_notebook_there_is_another_way():
@@ -338,8 +528,23 @@ def test_a_checkpoint_is_identified_by_its_files(tmp_path):
     assert specs[0].content == specs[1].content != specs[2].content
     keys = [store.key(plan.sft_run(check(SMALL | {"model": str(tmp_path / n)}), 0)) for n in ("one", "same", "other")]
     assert keys[0] == keys[1] != keys[2]
-    on_the_hub = plan.policy_spec(check(SMALL | {"model": "some/model"}))
-    assert (on_the_hub.model, on_the_hub.content) == ("some/model", None)
+
+
+def test_a_model_on_the_hub_is_identified_by_the_commit_that_its_name_stands_for(tmp_path, monkeypatch):
+    """A key changes when the name stands for another one; what a run loads is the commit of its spec."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    store, repository = RunStore(tmp_path / "runs"), tmp_path / "hub" / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    keys = []
+    for commit in ("a" * 40, "b" * 40, "a" * 40):
+        snapshot = repository / "snapshots" / commit
+        policy.save(*tiny_policy(), snapshot)
+        (repository / "refs" / "main").write_text(commit)
+        p = check(SMALL | {"model": "some/model"})
+        spec = plan.policy_spec(p)
+        assert (spec.model, spec.content, spec.revision) == ("some/model", commit, commit)
+        keys.append(store.key(plan.sft_run(p, 0)))
+    assert keys[0] == keys[2] != keys[1]
 
 
 PPO = {
@@ -406,6 +611,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "sft_steps": 61, "sft_lr": 2e-2, "sft_batch": 9, "beta": 0.2, "lr": 2e-3, "epochs": 3.0, "batch": 9,
         "micro_batch": 4, "optimizer": "sgd", "checkpoints": 5, "probe": 100, "target_responses": "chosen",
         "target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
+        "today": "2024-12-31",
     }  # fmt: skip
     elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys()
     elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants", "alternatives"}

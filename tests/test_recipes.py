@@ -416,7 +416,7 @@ def test_a_file_of_preferences_end_to_end(tmp_path, preferences):
             assert "".join(response["token"]) == pairs[i]["rejected"] + "<eos>"
     table = store.get(plan.targets_run(p, spec, plan.target_choices(p))).frame("targets")
     assert np.isfinite(table[["g", "se", "cosine", "logp"]]).all(axis=None) and table["choice"].nunique() == 6
-    assert len(recipes.dataset(spec.data).problems) == 1
+    assert [left.reason for left in recipes.dataset(spec.data).account.unread] == ["not valid JSON"]
 
 
 def test_a_file_is_identified_by_what_is_in_it_not_by_where_it_is(tmp_path, preferences):

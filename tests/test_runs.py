@@ -1,18 +1,26 @@
 """The run store: nothing twice, nothing stale, nothing broken, nothing lost."""
 
 import ast
+import errno
+import fcntl
+import functools
 import importlib
 import json
 import math
 import multiprocessing
+import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from prefdyn import runs
-from prefdyn.runs import RunStore, code_fingerprint
+import torch
+from prefdyn import alignment, claims, controls, measure, plan, policy, recipes, runs, train, world
+from prefdyn.params import check
+from prefdyn.runs import RunError, RunStore, code_fingerprint
+from pydantic import BaseModel
 from toys.specs import Toy, arrive_and_get
 
 
@@ -163,6 +171,124 @@ def test_results_do_not_depend_on_the_code_of_store_pages_or_command_line():
             todo += runs._siblings(ast.parse(source))
     assert reached >= {"measure", "recipes", "train", "alignment", "controls", "objectives", "policy", "data", "world"}
     assert not reached & {"runs", "page", "plots", "cli", "params", "plan", "stats"}
+
+
+@functools.cache
+def planned(measured: bool) -> BaseModel:
+    """A DPO run of the world, or its measurement."""
+    p = check({"profile": "smoke"})
+    return plan.alignment_run(p, plan.dpo_run(p, 0)) if measured else plan.dpo_run(p, 0)
+
+
+class OtherPrompt(world.Prompt):
+    """Another class of that name."""
+
+
+def like(function):
+    """A function that says it is `function`."""
+    return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
+
+
+# what is set, to what, and how it is named; None: in place, the first item of a table
+CHANGED = {
+    "a table": (world, "AXES", dict(world.AXES, fact=3.0)),
+    "a table in place": (world, "AXES", None),
+    "the order of a table": (world, "AXES", dict(reversed(world.AXES.items()))),
+    "names": (world, "NAMES", (*world.NAMES, "zoe")),
+    "the type of a number": (train, "EPS", 1),
+    "a constant among several": (train, "BETAS", (0.9, 0.95)),
+    "a number": (measure, "TOKENS_OF", 5),
+    "a marker": (policy, "REPLY", "<answer>"),
+    "what is put together": (policy, "CHAT_TEMPLATE", "{{ messages }}"),
+    "what is put together elsewhere": (controls, "SCALED", ("positive",)),
+    "what is made of literals": (world, "_VALUES", {}),
+    "a pattern": (world, "_CLOSING", re.compile("bye")),
+    "a table of limits": (alignment, "TOLERANCES", {}),
+    "a function": (world, "reward", lambda prompt, reply: 7.0),
+    "a function in its disguise": (world, "reward", like(world.reward)),
+    "another of its functions": (world, "axes", world.answer_type),
+    "a function, cached": (world, "reward", functools.cache(world.reward)),
+    "a class": (world, "Prompt", OtherPrompt),
+    "nothing": (world, "true_value", None),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_a_notebook_changes_in_the_library_is_refused_by_name(store, monkeypatch, case):
+    """No key would tell, and other processes compute with the code as it is written. Set back, all is as before."""
+    module, name, value = CHANGED[case]
+    spec, named = planned(True), f"{module.__name__.rpartition('.')[2]}.{name}"
+    key = store.key(spec)
+    with monkeypatch.context() as patch:
+        if case == "a table in place":
+            patch.setitem(getattr(module, name), "fact", 3.0)
+        else:
+            patch.setattr(module, name, value)
+        for ask in (store.key, store.find, store.get, lambda s: store.ensure([s]), lambda s: store.gather({0: s}, "x")):
+            with pytest.raises(RunError) as error:
+                ask(spec)
+            said = str(error.value)
+            assert said.startswith(f"{named}: not as the library's code has it") and "\n" not in said
+            assert f"change it in {Path(module.__file__).name} and restart" in said
+    assert store.key(spec) == key
+
+
+def test_all_that_is_changed_is_named_at_once(store, monkeypatch):
+    monkeypatch.setattr(train, "BETAS", (0.9, 0.95))
+    monkeypatch.setattr(world, "reward", None)
+    monkeypatch.setitem(world.AXES, "tone", 0.0)
+    with pytest.raises(RunError, match=r"^train\.BETAS, world\.AXES, world\.reward: .* in train\.py, world\.py and"):
+        store.key(planned(False))
+
+
+def test_what_no_result_depends_on_may_be_changed(store, monkeypatch):
+    """Constants of modules that a run does not reach; functions outside of the world, as tests replace them."""
+    key = store.key(planned(False))
+    monkeypatch.setattr(claims, "SURE", 0.5)
+    monkeypatch.setattr(measure, "TOKENS_OF", 5)
+    monkeypatch.setattr(policy, "save", None)
+    monkeypatch.setattr(world, "something", 1, raising=False)
+    assert store.key(planned(False)) == key
+    with pytest.raises(RunError, match=r"measure\.TOKENS_OF"):
+        store.key(planned(True))
+
+
+def test_what_a_spec_carries_may_be_changed_and_changes_its_key(store, monkeypatch):
+    """In itself or in a spec within it; set back, it is the same run."""
+    p = check({"profile": "smoke"})
+
+    def keys() -> list[str]:
+        run = plan.dpo_run(p, 0)
+        return [store.key(spec) for spec in (run, run.sft, run.scored(), plan.alignment_run(p, run))]
+
+    before = keys()
+    with monkeypatch.context() as patch:
+        patch.setitem(world.SKILLS, "novice", world.SKILLS["novice"] | {"slip": 0.5})
+        changed = keys()
+        patch.setitem(world.AXES, "fact", 3.0)
+        with pytest.raises(RunError, match=r"^world\.AXES: not"):
+            keys()
+    assert keys() == before and not set(changed) & set(before)
+    monkeypatch.setattr(recipes.DataSpec, "carries", frozenset())
+    monkeypatch.setitem(world.SKILLS, "expert", world.SKILLS["novice"])
+    with pytest.raises(RunError, match=r"^world\.SKILLS: not"):
+        keys()
+
+
+def test_a_spec_of_a_notebook_has_no_key(store, monkeypatch):
+    monkeypatch.setattr(Toy, "__module__", "__main__")
+    with pytest.raises(RunError, match="Toy: is defined in a notebook"):
+        store.key(Toy(name="a", traces="."))
+
+
+def test_another_precision_is_another_result(store, toy):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(RunError, match=r"default dtype is torch.float64, .* torch.set_default_dtype"):
+            store.key(toy("a"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert store.key(toy("a"))
 
 
 def test_a_run_that_was_interrupted_is_continued_and_this_is_said(store, root, toy, traces, said):
@@ -342,3 +468,84 @@ def test_what_is_said_goes_to_the_terminal_by_default(root, toy, capsys):
     RunStore(root).get(toy("a"))
     assert "is damaged" in capsys.readouterr().err
     assert json.loads((run.folder / "result.json").read_text())["total"] == 1
+
+
+def failing(number: int):
+    """What fails as the operating system does."""
+
+    def call(*args, **kwargs):
+        raise OSError(number, errno.errorcode[number])
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_locks_is_said(store, toy, traces, monkeypatch, number):
+    """Also where the library of locks would put a mere file in place of one."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", failing(number))
+        with pytest.raises(
+            RunError, match=r"this file system has no locks; set PREFDYN_RUNS to a folder on one"
+        ) as error:
+            store.get(toy("a"))
+    assert str(store.root) in str(error.value) and computed(traces) == []
+    assert store.get(toy("a")).json("result")["total"] == 1
+
+
+def test_a_library_that_knows_no_locks_is_said(store, toy, monkeypatch):
+    def none(path):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(runs, "FileLock", none)
+    with pytest.raises(RunError, match="this file system has no locks"):
+        store.get(toy("a"))
+
+
+def unwritable(case: str, root, monkeypatch) -> None:
+    """Make it impossible to write into a folder of runs."""
+    if case == "a file":
+        root.write_text("")
+    elif case == "in a file":
+        root.parent.write_text("")
+    elif case == "read-only":
+        monkeypatch.setattr(Path, "mkdir", failing(errno.EROFS))
+    elif case == "somebody's":
+        root.mkdir()
+        monkeypatch.setattr(runs, "FileLock", failing(errno.EACCES))
+
+
+@pytest.mark.parametrize("case", ["a file", "in a file", "read-only", "somebody's"])
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, toy, traces, monkeypatch, case):
+    root = tmp_path / "deeper" / "runs"
+    root.parent.mkdir() if case != "in a file" else None
+    unwritable(case, root, monkeypatch)
+    with pytest.raises(RunError, match=r"runs: runs cannot be kept here \(.+\); set PREFDYN_RUNS to a folder") as error:
+        RunStore(root).get(toy("a"))
+    assert str(root) in str(error.value) and "\n" not in str(error.value) and computed(traces) == []
+
+
+def test_a_damaged_run_that_cannot_be_set_aside_is_said(store, root, toy, monkeypatch):
+    flip(store.get(toy("a")).folder / "result.json")
+    monkeypatch.setattr(Path, "rename", failing(errno.EROFS))
+    with pytest.raises(RunError, match="runs cannot be kept here"):
+        RunStore(root).find(toy("a"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_is_full_is_said(store, toy, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "compute", failing(number))
+        with pytest.raises(RunError, match=r"there is no room to keep runs .* set PREFDYN_RUNS to another folder"):
+            store.get(toy("a"))
+    assert store.get(toy("a")).json("result")["total"] == 1
+
+
+def test_a_library_that_finds_no_room_says_so_in_its_own_way(store, toy, traces, monkeypatch):
+    """Its error is told along; with room left it is an error like any other."""
+    (traces / "a.stop").touch()
+    with pytest.raises(RuntimeError, match=r"^a was told to stop"):
+        store.get(toy("a"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match=r"there is no room to keep runs \(a was told to stop\)"):
+        store.get(toy("a"))

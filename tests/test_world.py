@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -344,3 +345,71 @@ def test_other_texts_are_not_prompts(text):
 def test_impossible_settings_are_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
+
+
+def spoilt(**more: object) -> dict:
+    """SKILLS, but for one number of the novice, or one key more."""
+    return world.SKILLS | {"novice": world.SKILLS["novice"] | more}
+
+
+UNUSABLE = {
+    "no skills": ({}, "there are no demonstrators"),
+    "no share": (spoilt(share=0), "'novice' has share=0; allowed: a number > 0"),
+    "a negative share": (spoilt(share=-0.1), "'novice' has share=-0.1"),
+    "an infinite share": (spoilt(share=math.inf), "'novice' has share=inf"),
+    "no number": (spoilt(share=math.nan), "'novice' has share=nan"),
+    "too much habit": (spoilt(habit=1.1), "'novice' has habit=1.1; allowed: a number from 0 to 1"),
+    "too little slip": (spoilt(slip=-0.01), "'novice' has slip=-0.01; allowed: a number from 0 to 1"),
+    "a text": (spoilt(slip="0.2"), "'novice' has slip='0.2'"),
+    "a truth": (spoilt(slip=True), "'novice' has slip=True"),
+    "a key too many": (
+        spoilt(slips=0.1),
+        "'novice' is {'share': 0.3, 'habit': 0.9, 'slip': 0.2, 'slips': 0.1}; allowed",
+    ),
+    "a key too few": (
+        {"one": {"share": 1.0}},
+        "'one' is {'share': 1.0}; allowed: a number each for share, habit, slip",
+    ),
+    "no table of a skill": ({"one": 0.3}, "'one' is 0.3; allowed: a number each"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_skills_that_cannot_be_used_are_named(case, monkeypatch):
+    """Whether they are given or set."""
+    skills, said = UNUSABLE[case]
+    calls = (
+        lambda **given: world.demonstrations([FOX], 2, seed=0, **given),
+        lambda **given: world.pairs([FOX], 2, 0.2, seed=0, **given),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            call(skills=skills)
+    monkeypatch.setattr(world, "SKILLS", skills)
+    for call in calls:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            call()
+
+
+def test_skills_that_are_given_are_those_that_are_set(train, monkeypatch):
+    """The same streams either way; names are free, and the order of the table is part of it."""
+    table = {"careful": {"share": 2, "habit": 0, "slip": 0.01}, "hasty": {"share": 1, "habit": 0.5, "slip": 0.5}}
+
+    def drawn(**given) -> list:
+        return [world.demonstrations(train, 50, seed=3, **given), world.pairs(train, 50, 0.2, seed=3, **given)]
+
+    usual, own = drawn(), drawn(skills=table)
+    assert drawn(skills=world.SKILLS) == usual != own
+    assert {row["skill"] for row in own[0]} == set(table)
+    one, other = (world.demonstrate(BEAR, "hasty", random.Random(9), skills) for skills in (table, table))
+    assert one == other
+    monkeypatch.setattr(world, "SKILLS", table)
+    assert drawn() == own and world.demonstrate(BEAR, "hasty", random.Random(9)) == one
+
+
+def test_demonstrators_who_always_agree_make_no_pairs():
+    """An error instead of a search without end; demonstrations there are."""
+    perfect = {"perfect": {"share": 1.0, "habit": 0.0, "slip": 0.0}}
+    assert [row["reward"] for row in world.demonstrations([FOX, BEAR], 4, seed=0, skills=perfect)] == [7.0] * 4
+    with pytest.raises(ValueError, match="all demonstrators answer 'write a warm short note to ann about the home"):
+        world.pairs([FOX], 1, 0.0, seed=0, skills=perfect)

@@ -3,16 +3,22 @@
 import ast
 import json
 import os
+import re
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import nbformat
 import papermill
 import typer
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient.exceptions import DeadKernelError
+from traitlets import default
 
-from . import page, params, reference
+from . import page, params, reference, survey
 from .runs import RunStore, project_root, versions
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
@@ -27,43 +33,125 @@ class CommandError(Exception):
     """Something the user can mend; the message says what."""
 
 
+class _Interpreter(KernelSpecManager):
+    """Knows one kernel: the interpreter that runs this, whatever is installed as "python3" on the machine."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+
+class _Kernel(AsyncKernelManager):
+    """Starts the kernel of `_Interpreter`."""
+
+    @default("kernel_spec_manager")
+    def _own_interpreter(self) -> _Interpreter:
+        return _Interpreter(parent=self)
+
+
+def book_folder() -> Path:
+    """The folder of the book that holds the current folder. Raises CommandError outside of it."""
+    folder = project_root()
+    if not (folder / "lib" / "prefdyn").is_dir():
+        raise CommandError(f"{folder}: no book is here or above; run this in the book's folder, which has notebooks/")
+    return folder
+
+
 def chapter_path(chapter: str) -> Path:
     """The source of a chapter: by name ("02-targets"), by number ("02") or by path. Raises CommandError."""
-    folder = project_root() / "notebooks"
-    names = sorted(p.stem for p in folder.glob("*.ipynb"))
     if chapter.endswith(".ipynb") and Path(chapter).is_file():
         return Path(chapter)
+    folder = book_folder() / "notebooks"
+    names = sorted(p.stem for p in folder.glob("*.ipynb"))
     matches = [n for n in names if n == chapter or n.split("-")[0] == chapter]
     if len(matches) != 1:
         raise CommandError(f"{chapter!r}: no such chapter; there are: {', '.join(names) or 'none in ' + folder.name}")
     return folder / f"{matches[0]}.ipynb"
 
 
+def _read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook. Raises CommandError for a file that is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
+        raise CommandError(f"{path}: cannot be read as a notebook ({type(error).__name__})") from error
+
+
+def _defaults(path: Path) -> dict[str, ast.expr]:
+    """The parameters of a notebook and what its parameters cell assigns to them. Raises CommandError."""
+    tagged = [cell for cell in _read_notebook(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    try:
+        body = ast.parse(tagged[0].source).body if tagged else []
+    except SyntaxError as error:
+        raise CommandError(f"{path}: its parameters cell is no Python (line {error.lineno}: {error.msg})") from error
+    found = {}
+    for node in body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {target.id: node.value for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal; None for what is computed, as for what comes from the profile."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
 def known_parameters(path: Path) -> dict[str, Any]:
-    """Names in the parameters cell of a notebook and their defaults (None: from the profile)."""
-    inspected = papermill.inspect_notebook(str(path))
-    return {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
+    """Names in the parameters cell of a notebook and their defaults.
+
+    None: from the profile, or computed in the notebook, so that only the notebook can check it.
+    """
+    return {name: _literal(node) for name, node in _defaults(path).items()}
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """ "beta=0.5" -> ("beta", 0.5); what is not a Python literal is a text. Raises CommandError without "="."""
+    """ "beta=0.5" -> ("beta", 0.5); what is no Python literal, nor inf or nan, is a text.
+
+    Raises CommandError without "=".
+    """
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise CommandError(f"-p {text!r}: a parameter is given as name=value")
     if value.strip().lower() in ("true", "false", "none", "null"):
         return name.strip(), {"true": True, "false": False}.get(value.strip().lower())
+    if re.fullmatch(r"[+-]?(inf|infinity|nan)", value.strip().lower()):
+        return name.strip(), float(value)  # no parameter is that, and the check says so of the number
     try:
         return name.strip(), ast.literal_eval(value.strip()) if "," not in value or value.strip()[0] in "[(" else value
     except (ValueError, SyntaxError, TypeError):
         return name.strip(), value
 
 
+def _unwritable(path: Path, error: OSError) -> CommandError:
+    return CommandError(f"{os.path.relpath(path)}: cannot be written ({error.strerror or error})")
+
+
 def _replace(path: Path, text: str) -> None:
-    """Write a file in one move: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file in one move: it is there whole or not at all. Raises CommandError."""
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _check_writable(path: Path) -> None:
+    """Raise CommandError if a file cannot be made or replaced, before much is spent on what goes into it."""
+    if path.is_dir():
+        example = os.path.relpath(path / "executed.ipynb")
+        raise CommandError(f"{os.path.relpath(path)}: is a folder; name the file to write, e.g. {example}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _without_progress(notebook: nbformat.NotebookNode) -> None:
@@ -73,27 +161,39 @@ def _without_progress(notebook: nbformat.NotebookNode) -> None:
             cell.outputs = [o for o in cell.outputs if not (o.get("name") == "stderr" and "\r" in o.get("text", ""))]
 
 
+def _verbatim(path: Path) -> str:
+    """A path for papermill, which puts parameters into braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) -> Path:
     """Execute a chapter and move the result to `output`, by default its place in the book; returns where it is.
 
-    Parameters are checked before anything starts. A failed notebook is kept beside, with its error in it.
+    Parameters and output are checked before anything starts. A failed notebook is kept beside, with its error in it.
     Raises ParameterError, or CommandError with the failing cell's error.
     """
     defaults = known_parameters(source)
     params.check(defaults | given, list(defaults))
-    book = project_root() / "book"
-    target = output or book / "notebooks" / source.name
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if output is None:
+        book = book_folder() / "book"
+        target, values_file = book / "notebooks" / source.name, book / "_values" / f"{source.stem}.json"
+    else:
+        target, values_file = output, None
+    if target.resolve() == source.resolve():
+        raise CommandError(f"{os.path.relpath(target)}: would be written over by its own result; name another with -o")
+    for path in filter(None, (target, values_file)):
+        _check_writable(path)
     failed = target.with_name(f"{target.stem}.failed.ipynb")
     terminal = sys.stderr.isatty()
     if terminal:
         os.environ["PREFDYN_PROGRESS"] = "1"  # the kernel's bars, passed on to this terminal
     try:
         notebook = papermill.execute_notebook(
-            str(source),
-            str(failed),
+            _verbatim(source),
+            _verbatim(failed),
             parameters=given,
             kernel_name="python3",
+            kernel_manager_class=_Kernel,
             progress_bar=False,
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of TCP, which stays on this machine
             stderr_file=sys.stderr if terminal else None,
@@ -111,8 +211,8 @@ def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) ->
     values = page.collect_values(notebook)
     changed = {name: value for name, value in given.items() if name != "profile"}
     values |= {GIVEN: {"value": changed, "text": ", ".join(f"{name}={value!r}" for name, value in changed.items())}}
-    if output is None:
-        _replace(book / "_values" / f"{source.stem}.json", json.dumps(values, indent=1, sort_keys=True) + "\n")
+    if values_file:
+        _replace(values_file, json.dumps(values, indent=1, sort_keys=True) + "\n")
     _replace(target, nbformat.writes(notebook) + "\n")
     failed.unlink()
     return target
@@ -121,12 +221,15 @@ def execute_chapter(source: Path, given: dict[str, Any], output: Path | None) ->
 @app.command()
 def chapters() -> None:
     """List the chapters with their parameters: what each means, what is allowed, and its default."""
-    for path in sorted((project_root() / "notebooks").glob("*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
-        typer.secho(f"{path.stem}  {cells[0].source.splitlines()[0].lstrip('# ')}", bold=True)
-        for name, default in known_parameters(path).items():
+    for path in sorted((book_folder() / "notebooks").glob("*.ipynb")):
+        title = next((cell.source.partition("\n")[0].lstrip("# ") for cell in _read_notebook(path).cells), "")
+        typer.secho(f"{path.stem}  {title}", bold=True)
+        for name, node in _defaults(path).items():
             allowed, meaning = params.meaning(name)
-            if default is None:
+            default = _literal(node)
+            if default is None and not isinstance(node, ast.Constant):
+                default = ast.unparse(node)
+            elif default is None:
                 values = {profile: params.presets(profile, "world")[name] for profile in params.PRESETS}
                 same = len({str(v) for v in values.values()}) == 1
                 default = values["reader"] if same else ", ".join(f"{p} {v}" for p, v in values.items())
@@ -147,9 +250,24 @@ def execute(
     typer.echo(f"executed: {os.path.relpath(target)}")
 
 
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="a preference file, a folder of such files, or a name on the hub")],
+    parameter: Annotated[list[str], typer.Option("-p", "--parameter", help="name=value; repeat for more")] = [],  # noqa: B006
+    show: Annotated[int, typer.Option(help="pairs to show, and records that are left out", min=0)] = 3,
+) -> None:
+    """Say what is in a preference file: layout, counts, lengths, and what would be left out and cut.
+
+    Limits, sizes and the model whose tokenizer counts are parameters, as for chapters: -p max_prompt=256 -p model=NAME.
+    """
+    p = params.check({"dataset": source} | dict(map(parse_assignment, parameter)))
+    for line in survey.report(p, show):
+        typer.echo(line)
+
+
 def _reference_paths(profile: str) -> tuple[Path, Path]:
     """The file of reference results of a profile, and the folder of the numbers that executed chapters leave."""
-    root = project_root()
+    root = book_folder()
     return root / "data" / "reference" / f"{profile}.json", root / "book" / "_values"
 
 
@@ -235,10 +353,18 @@ def remove_run(
         typer.echo(f"removed: {key}")
 
 
+def _is_ours(error: Exception) -> bool:
+    """Whether the library itself raised an error: then its message is for the user; elsewhere it may be a fault."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).parent == Path(__file__).parent
+
+
 def main() -> None:
     """Run the command line; what the user can mend is said in a line, without a traceback."""
     try:
         app()
-    except (CommandError, params.ParameterError, reference.ReferenceError, KeyError) as error:
+    except (CommandError, ValueError, KeyError) as error:
+        if not _is_ours(error):
+            raise
         typer.secho(error.args[0], fg="red", err=True)
         sys.exit(2)

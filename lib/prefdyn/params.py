@@ -1,16 +1,21 @@
 """Parameters of chapters: what they mean, what is allowed, what a profile presets, and errors that help.
 
-A notebook's parameters cell lists plain literals; `None` means "from the profile". The next cell calls `read()`,
-which stops on a name that the cell does not have, on a wrong type and on a value out of range.
+A notebook's parameters cell holds nothing but assignments; `None` means "from the profile". The next cell calls
+`read()`: the parameters are the values that the names of that cell have in the kernel at that moment, however they were
+computed. It stops on a name that the cell does not have, on a wrong type and on a value out of range.
 """
 
 import ast
 import difflib
+import itertools
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import PurePath
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .controls import check_schedule
@@ -31,7 +36,11 @@ class Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     profile: Literal["smoke", "reader", "paper"] = Field(description="size of everything that is not given by name")
-    dataset: str = Field(description="'world', or the path of a preference file (.jsonl, .jsonl.gz)", min_length=1)
+    dataset: str = Field(
+        description="'world', a preference file or a folder of such files (.jsonl, .json, .parquet, .gz), or a "
+        "data set's name on the hub, with :split",
+        min_length=1,
+    )
     model: str = Field(description="'scratch', or a checkpoint: a folder or a name on the hub", min_length=1)
     seeds: list[int] = Field(description="one run of everything for each seed", min_length=1)
     pairs: int = Field(description="preference pairs to train on, at most", ge=8)
@@ -98,7 +107,10 @@ class Parameters(BaseModel):
     target_prompts: Literal["held_out", "train"] = Field(description="prompts of the final responses D'")
     target_decoding: Literal["greedy", "sampled"] = Field(description="how D' is decoded")
     target_reduction: Literal["sum", "mean"] = Field(description="over the tokens of a final response")
-    method: Literal["forward", "central"] = Field(description="forward mode, or central differences")
+    method: Literal["auto", "forward", "central"] = Field(
+        description="auto: forward mode where it works, else central differences"
+    )
+    today: str = Field(description="the day that a chat template which asks for the date is told, YYYY-MM-DD")
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -132,6 +144,14 @@ class Parameters(BaseModel):
         """No rows: no such variant."""
         if value:
             check_schedule(tuple(value))
+        return value
+
+    @field_validator("today")
+    @classmethod
+    def _day(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+            raise ValueError("no day as YYYY-MM-DD")
+        date.fromisoformat(value)
         return value
 
     @field_validator("reward", mode="before")
@@ -170,7 +190,9 @@ def _allowed(name: str) -> str:
 
 
 def meaning(name: str) -> tuple[str, str]:
-    """What a parameter allows and what it means, each in a few words."""
+    """What a parameter allows and what it means, each in a few words. Raises ParameterError for a name that is none."""
+    if name not in Parameters.model_fields:
+        raise ParameterError(_unknown(name, sorted(Parameters.model_fields)))
     description = Parameters.model_fields[name].description
     return _allowed(name).removesuffix(f": {description}"), description
 
@@ -181,20 +203,33 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"{name}: no such parameter.{hint} There are: {', '.join(known)}"
 
 
-def check(given: dict[str, Any], known: list[str] | None = None) -> Parameters:
+def _plain(value: Any) -> Any:
+    """A value as plain Python, where that is unambiguous: of ranges, tuples, arrays, NumPy's numbers and paths."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, range | tuple | list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Parameters:
     """Parameters from the values that were given, the rest from the profile.
 
     Args: given, name to value, None for "from the profile". known, the names that are allowed, by default all.
     Raises ParameterError that lists every problem.
     """
-    known = sorted(Parameters.model_fields) if known is None else sorted(known)
+    known = sorted(Parameters.model_fields.keys() & (Parameters.model_fields if known is None else set(known)))
     problems = [_unknown(name, known) for name in given if name not in known]
-    chosen = {name: value for name, value in given.items() if value is not None and name in Parameters.model_fields}
+    chosen = {
+        name: _plain(given[name]) for name in given if given[name] is not None and name in Parameters.model_fields
+    }
     profile, dataset = (chosen.get(name, COMMON[name]) for name in ("profile", "dataset"))
     try:
         if not isinstance(profile, str) or profile not in PRESETS:
             problems.append(f"profile: given {profile!r} ({type(profile).__name__}); allowed: {_allowed('profile')}")
             chosen["profile"] = profile = "reader"
+        if not isinstance(dataset, str):  # which validation refuses
+            dataset = COMMON["dataset"]
         result = Parameters(**(presets(profile, dataset) | chosen))
     except ValidationError as error:
         for item in error.errors():
@@ -225,45 +260,83 @@ def command(p: Parameters, chapter: str, known: Iterable[str]) -> str:
     return " ".join(["prefdyn execute", chapter, *(f"-p {shlex.quote(f'{k}={v}')}" for k, v in given.items())])
 
 
-def _literal_cell(source: str) -> dict[str, Any] | None:
-    """The assignments of a cell that holds nothing but names set to literals, else None."""
+def _assigned(source: str) -> list[str] | None:
+    """The names that a cell assigns if it holds nothing but assignments to plain names, else None."""
     try:
         body = ast.parse(source).body
-        values = {}
-        for node in body:
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            values[target.id] = ast.literal_eval(node.value)
-    except (SyntaxError, AttributeError, ValueError, TypeError):
+    except (SyntaxError, ValueError):
         return None
-    return values or None
+    names: list[str] = []
+    for node in body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a text that explains
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            return None
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        parts = [part for t in targets for part in (t.elts if isinstance(t, ast.Tuple | ast.List) else [t])]
+        if not all(isinstance(part, ast.Name) for part in parts):
+            return None
+        if node.value is not None:  # `beta: float` alone assigns nothing
+            names += [part.id for part in parts]
+    return names
 
 
-def read_cells(cells: list[str]) -> Parameters:
-    """Parameters from the sources of the cells that were executed so far, the cell that asks included, last.
+History = Sequence[list[str] | None]  # for each cell that was executed, what `_assigned` says of it
 
-    The last run of cells that hold only literals, among them `profile`, is the parameters cell and, after it, the one
-    that papermill adds: its names must be among those of the first.
+
+def _following(history: History, at: int) -> list[list[str]]:
+    """What the cells of nothing but assignments assign that directly follow cell number `at`."""
+    return list(itertools.takewhile(lambda names: names is not None, history[at + 1 :]))
+
+
+def _parameters_cell(history: History) -> int | None:
+    """The number of a chapter's parameters cell: it assigns `profile`, and all that the chapter has. None without one.
+
+    Not every cell that assigns `profile` is one: papermill's, right after it, and a reader's own, later, may give a new
+    value to some of its names. One with all of its names is the same cell, executed again; so is one with other names,
+    unless it follows directly: then these are faults.
     """
-    found: list[dict[str, Any]] = []
-    for source in reversed(cells[:-1]):
-        values = _literal_cell(source)
-        if values is not None:
-            found.insert(0, values)
-        elif any("profile" in cell for cell in found):
-            break
-        else:
-            found = []
-    if not any("profile" in cell for cell in found):
-        raise ParameterError("no parameters cell was executed before this one; run the notebook from its top")
-    known = list(found[0])
-    return check({name: value for cell in found for name, value in cell.items()}, known)
+    found = None
+    for at, names in enumerate(history):
+        if not names or "profile" not in names:
+            continue
+        if found is not None and not set(names) >= set(history[found]):
+            follows = len(_following(history, found)) >= at - found
+            if follows or set(names) <= set(history[found]):
+                continue
+        found = at
+    return found
+
+
+def read_cells(cells: Sequence[str], namespace: Mapping[str, Any]) -> Parameters:
+    """Parameters of a notebook: the values that the names of its parameters cell have now.
+
+    Cells of nothing but assignments that directly follow the parameters cell may assign its names alone. In a notebook
+    without such a cell, one that assigns `profile`, every cell of nothing but assignments counts that assigns a
+    parameter, and the profile is the preset one.
+
+    Args: cells, the sources of those that were executed so far, the one that asks included, last; namespace, what names
+    stand for now. Raises ParameterError.
+    """
+    history, fields = [_assigned(source) for source in cells[:-1]], Parameters.model_fields
+    last = _parameters_cell(history)
+    earlier: list[str] = []
+    known = None if last is None else history[last]
+    if last is None:
+        some = [at for at, names in enumerate(history) if names and not fields.keys().isdisjoint(names)]
+        if not some:
+            raise ParameterError("no parameters cell was executed before this one; run the notebook from its top")
+        last = some.pop()
+        earlier = [name for at in some for name in history[at] if name in fields]
+    names = itertools.chain(earlier, history[last], *_following(history, last))
+    return check({name: namespace[name] for name in names if name in namespace}, known)
 
 
 def read() -> Parameters:
-    """The parameters of the notebook that calls this, from its parameters cell and what papermill added to it."""
+    """The parameters of the notebook that calls this, as `read_cells`."""
     from IPython import get_ipython
 
     shell = get_ipython()
     if shell is None:
         raise ParameterError("parameters can be read only inside a notebook; elsewhere call params.check({...})")
-    return read_cells([source for source in shell.user_ns["In"] if source.strip()])
+    return read_cells([source for source in shell.user_ns["In"] if source.strip()], shell.user_ns)

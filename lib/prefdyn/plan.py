@@ -1,84 +1,124 @@
 """From parameters to runs: which specs a chapter's parameters describe."""
 
-import hashlib
+import functools
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from . import variants
+from . import alignment, checkpoints, recipes, sources, variants, world
 from .controls import Control
 from .explore import ExplorationRun
 from .measure import AlignmentRun
 from .params import ParameterError, Parameters
 from .ppo import PPORun, RewardRun
-from .recipes import DataSpec, DPORun, PolicySpec, SFTRun, dataset
-from .runs import file_hash
+from .recipes import DataSpec, DPORun, ModelSpec, PolicySpec, SFTRun, dataset
 from .targets import TargetSpec, TargetsRun
 from .train import Optimisation
 
 
-def _folder_hash(folder: Path) -> str:
-    """Hash of the files of a checkpoint."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
-    return digest.hexdigest()
+def _model(p: Parameters, identity: Callable[[Path], str]) -> dict:
+    """The fields of a `recipes.ModelSpec`; `identity` of a checkpoint's folder. Raises ParameterError."""
+    if p.model == "scratch":
+        return {"model": p.model, "content": None}
+    folder = Path(p.model).expanduser()
+    if not folder.is_dir() and p.model.startswith((".", "/", "~")):
+        raise ParameterError(
+            f"model: given {p.model!r}, and there is no such folder; allowed: 'scratch', a folder with a saved "
+            "checkpoint or the name of a model on the hub"
+        )
+    try:
+        if folder.is_dir():
+            return {"model": str(folder.resolve()), "content": identity(folder.resolve())}
+        return {"model": p.model, "content": checkpoints.hub_revision(p.model), "hub": True}
+    except ValueError as error:
+        raise ParameterError(f"model: given {p.model!r}, which is no checkpoint that can be read: {error}") from error
+
+
+_HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # organisation/name, and maybe a split
+
+
+def _source(given: str) -> str:
+    """Where preferences are: the absolute path of what there is, or a name on the hub. Raises ParameterError."""
+    path = Path(given).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if _HUB_DATA.fullmatch(given) and not given.startswith(".") and not sources.is_data_file(Path(given.split(":")[0])):
+        return given
+    raise ParameterError(
+        f"dataset: given {given!r}, and there is no such file; allowed: 'world', the path of a preference file or of "
+        f"a folder of such files, relative to the folder of this kernel ({Path.cwd().name!r}) or absolute, or the name "
+        "of a data set on the hub"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint(source: str, state: tuple) -> str:
+    """The hash of a source in its present state: it is read once, not at every look."""
+    return sources.fingerprint(source)
+
+
+def _state(source: str) -> tuple:
+    """What tells, without reading, that the files of a source have changed; () for the hub."""
+    path = Path(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return tuple((str(file), known.st_size, known.st_mtime_ns) for file in files for known in [file.stat()])
 
 
 def data_spec(p: Parameters, seed: int) -> DataSpec:
-    """The data of one seed. Raises ParameterError if the file does not exist."""
-    path = None
-    if p.dataset != "world":
-        path = Path(p.dataset).expanduser()
-        if not path.is_file():
-            raise ParameterError(
-                f"dataset: given {p.dataset!r}, and there is no such file; allowed: 'world' or the path of a "
-                f".jsonl or .jsonl.gz file, relative to the folder of this kernel ({Path.cwd().name!r}) or absolute"
-            )
+    """The data of one seed, as the parameters and `world.SKILLS` are now.
+
+    Raises ParameterError for what cannot be found, DataError for what cannot be read, ValueError for unusable skills.
+    """
+    file = None if p.dataset == "world" else _source(p.dataset)
+    skills = {} if file else world.usable_skills()
     return DataSpec(
-        path=None if path is None else str(path.resolve()),
-        content=None if path is None else file_hash(path),
-        seed=seed if path is None else 0,
+        path=file,
+        content=None if file is None else _fingerprint(file, _state(file)),
+        seed=seed if file is None else 0,
         pairs=p.pairs,
         check=p.check,
         demonstrations=p.demonstrations,
         label_noise=p.label_noise,
+        skills=tuple((name, s["share"], s["habit"], s["slip"]) for name, s in skills.items()),
         validation=p.validation,
         held_out=p.held_out,
         max_prompt=p.max_prompt,
         max_response=p.max_response,
+        tokenizer=ModelSpec(**_model(p, checkpoints.tokenizer_identity)),
         vocab_size=p.vocab_size,
+        today=p.today,
     )
 
 
-def _check_context(p: Parameters, folder: Path) -> None:
+def _check_context(p: Parameters, spec: PolicySpec) -> None:
     """Raise ParameterError if a checkpoint cannot read the longest prompt and response that the parameters allow."""
-    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(spec.model, revision=spec.revision)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and p.max_prompt + p.max_response > context:
         raise ParameterError(
             f"max_prompt, max_response: given {p.max_prompt} and {p.max_response} (int), together more than the "
-            f"{context} tokens that the model in {folder.name!r} can read; allowed: a sum of at most {context}"
+            f"{context} tokens that the model {Path(spec.model).name!r} can read; allowed: a sum of at most {context}"
         )
 
 
 def policy_spec(p: Parameters) -> PolicySpec:
     """The model before training. Raises ParameterError if it is a folder that does not exist."""
-    folder = Path(p.model).expanduser()
-    if p.model.startswith((".", "/", "~")) and not folder.is_dir():
-        raise ParameterError(
-            f"model: given {p.model!r}, and there is no such folder; allowed: 'scratch', a folder with a saved "
-            "checkpoint or the name of a model on the hub"
-        )
-    local = p.model != "scratch" and folder.is_dir()
-    if local:
-        _check_context(p, folder)
-    return PolicySpec(
-        model=str(folder.resolve()) if local else p.model,
-        content=_folder_hash(folder) if local else None,
-        layers=p.layers,
-        width=p.width,
-        heads=p.heads,
-    )
+    spec = PolicySpec(**_model(p, checkpoints.identity), layers=p.layers, width=p.width, heads=p.heads)
+    if spec.model != "scratch":
+        _check_context(p, spec)
+    return spec
+
+
+@functools.lru_cache(maxsize=8)
+def _method_that_works(policy: PolicySpec, data: DataSpec) -> str:
+    return alignment.choose_method(*recipes.untrained(policy, data, seed=0))
+
+
+def measuring_method(p: Parameters) -> str:
+    """How G is measured: as the parameters say, or with "auto" as works for this model, tried before any training."""
+    return p.method if p.method != "auto" else _method_that_works(policy_spec(p), data_spec(p, p.seeds[0]))
 
 
 def sft_run(p: Parameters, seed: int) -> SFTRun:
@@ -277,6 +317,6 @@ def alignment_run(
         targets=target_spec(p),
         probe=probe,
         size=p.ppo_probe if run.kind == "ppo" else p.probe,
-        method=p.method,
+        method=measuring_method(p),
         aware=aware,
     )

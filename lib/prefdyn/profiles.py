@@ -157,7 +157,8 @@ COMMON = {
     "target_prompts": "held_out",
     "target_decoding": "greedy",
     "target_reduction": "sum",
-    "method": "forward",
+    "method": "auto",
+    "today": "2025-01-01",
 }
 # Real text is longer and harder than the world's.
 FILE = {

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, SerializationInfo, field_serializer
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import data, policy, world
+from . import chat, checkpoints, data, layouts, policy, world
+from .account import Limits
 from .controls import FULL, Control
 from .evaluate import evaluate, win_rate
 from .objectives import DPO, SFT
@@ -31,8 +32,28 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class ModelSpec(Spec):
+    """Where a model or its tokenizer comes from: "scratch", or a checkpoint, a folder or a name on the hub.
+
+    content identifies a checkpoint: the hash of its files, or the commit that a name on the hub stood for.
+    """
+
+    model: str
+    content: str | None
+    hub: bool = False
+
+    @field_serializer("model")
+    def _where(self, model: str, info: SerializationInfo) -> str | None:
+        return None if info.context == "identity" and self.content and not self.hub else model
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the hub, None for what is not there."""
+        return self.content if self.hub else None
+
+
 class DataSpec(Spec):
-    """Which data. A file is named by `path` but identified by `content`, the hash of its bytes."""
+    """Which data, and how it becomes tokens. A file is named by `path` but identified by `content`, its hash."""
 
     path: str | None  # None: the world
     content: str | None
@@ -41,71 +62,110 @@ class DataSpec(Spec):
     check: int
     demonstrations: int
     label_noise: float
+    skills: tuple[tuple[str, float, float, float], ...]  # of the world: demonstrators by name, share, habit and slip
     validation: int
     held_out: int
     max_prompt: int  # tokens
     max_response: int  # tokens
+    tokenizer: ModelSpec
     vocab_size: int  # of the byte-pair tokenizer trained on a file
+    today: str  # what a chat template that asks for the date is told
+
+    carries: ClassVar[frozenset[str]] = frozenset({"world.SKILLS"})  # what a reader may set, since it is in the key
 
     def without_labels(self) -> "DataSpec":
         """The same for runs that read no label (SFT, PPO with the true reward), so that they are shared."""
         return self.model_copy(update={"label_noise": 0.0})
+
+    def limits(self) -> Limits:
+        return Limits(self.max_prompt, self.max_response)
 
     @field_serializer("path")
     def _where(self, path: str | None, info: SerializationInfo) -> str | None:
         return None if info.context == "identity" else path
 
 
-class PolicySpec(Spec):
-    """Which model: "scratch" with its sizes, or a checkpoint (path or hub name) with the hash of its files."""
+class PolicySpec(ModelSpec):
+    """Which model: "scratch" with its sizes, or a checkpoint."""
 
-    model: str
-    content: str | None
     layers: int
     width: int
     heads: int
 
-    @field_serializer("model")
-    def _where(self, model: str, info: SerializationInfo) -> str | None:
-        return None if info.context == "identity" and self.content else model
+
+@functools.lru_cache(maxsize=8)
+def reading(path: str, content: str) -> layouts.Reading:
+    """What a preference file holds. Raises DataError if it is no longer what `content` says."""
+    return layouts.read(path, content)
+
+
+@functools.lru_cache(maxsize=8)
+def tokenizer_of(spec: DataSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of `spec`: the world's words, one trained on the pairs of the file, or a checkpoint's."""
+    if spec.tokenizer.model != "scratch":
+        if not spec.tokenizer.hub:
+            folder = Path(spec.tokenizer.model)
+            checkpoints.unchanged(folder, spec.tokenizer.content, checkpoints.tokenizer_identity)
+        loaded = policy.load_tokenizer(spec.tokenizer.model, spec.tokenizer.revision)
+        loaded.chat_template = chat.with_date(loaded.chat_template, spec.today)
+        return loaded
+    if spec.path is None:
+        return policy.word_tokenizer(world.vocabulary())
+    rows = reading(spec.path, spec.content).pairs
+    sizes = {"pairs": spec.pairs, "check": spec.check, "validation": spec.validation, "held_out": spec.held_out}
+    dealt, _ = data.split_by_prompt(rows, **sizes)
+    texts = [
+        text
+        for row in dealt["train"][: spec.pairs]
+        for text in (*(content for _, content in chat.turns(row["prompt"])), row["chosen"], row["rejected"])
+    ]
+    return policy.bpe_tokenizer(texts, spec.vocab_size)
 
 
 @functools.lru_cache(maxsize=8)
 def dataset(spec: DataSpec) -> data.Dataset:
-    """The dataset of `spec`; the last few are kept."""
-    if spec.path is None:
-        return data.from_world(
-            seed=spec.seed,
+    """The dataset of `spec` under its limits, with its account; the last few are kept."""
+    if spec.path is not None:
+        return data.from_file(
+            reading(spec.path, spec.content),
+            tokenizer_of(spec),
+            spec.limits(),
             pairs=spec.pairs,
             check=spec.check,
-            demonstrations=spec.demonstrations,
-            label_noise=spec.label_noise,
             validation=spec.validation,
             held_out=spec.held_out,
         )
-    return data.from_file(
-        spec.path, pairs=spec.pairs, check=spec.check, validation=spec.validation, held_out=spec.held_out
+    known = data.from_world(
+        seed=spec.seed,
+        pairs=spec.pairs,
+        check=spec.check,
+        demonstrations=spec.demonstrations,
+        label_noise=spec.label_noise,
+        validation=spec.validation,
+        held_out=spec.held_out,
+        skills={name: {"share": share, "habit": habit, "slip": slip} for name, share, habit, slip in spec.skills},
     )
+    return data.under_limits(known, tokenizer_of(spec), spec.limits())
 
 
-def _start(policy_spec: PolicySpec, data_spec: DataSpec, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def untrained(
+    policy_spec: PolicySpec, data_spec: DataSpec, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy before any training here, and its tokenizer."""
+    words = tokenizer_of(data_spec)
     if policy_spec.model != "scratch":
-        return policy.load(policy_spec.model)
-    if data_spec.path is None:
-        tokenizer = policy.word_tokenizer(world.vocabulary())
-    else:
-        texts = [text for row in dataset(data_spec).pairs for text in (row["prompt"], row["chosen"], row["rejected"])]
-        tokenizer = policy.bpe_tokenizer(texts, data_spec.vocab_size)
+        if not policy_spec.hub:
+            checkpoints.unchanged(Path(policy_spec.model), policy_spec.content)
+        return policy.load(policy_spec.model, policy_spec.revision)[0], words
     model = policy.scratch_model(
-        tokenizer,
+        words,
         layers=policy_spec.layers,
         width=policy_spec.width,
         heads=policy_spec.heads,
         context=data_spec.max_prompt + data_spec.max_response,
         seed=seed,
     )
-    return model, tokenizer
+    return model, words
 
 
 def device() -> torch.device:
@@ -262,7 +322,7 @@ class SFTRun(_Fitted):
         return SFT(encode(self.data, tokenizer, rows, "response"))
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
-        model, tokenizer = _start(self.policy, self.data, self.seed)
+        model, tokenizer = untrained(self.policy, self.data, self.seed)
         model.to(device())
         train, check = (self.probe(store, tokenizer, probe) for probe in PROBES)
 

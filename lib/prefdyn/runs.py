@@ -3,14 +3,19 @@
 A run is described by a spec: a frozen pydantic model with a `kind`, `parents()` (specs that it reads), `work()`
 (rough cost, in sequences) and `compute(folder, store, tick)`, which writes files into `folder`. Its key hashes the
 spec, the code that `compute` can reach, and the versions of the packages that shape numbers. A changed config or
-code therefore never finds an old result, and an unchanged one is never computed twice.
+code therefore never finds an old result, and an unchanged one is never computed twice. What a notebook changes in the
+loaded library is in none of these: it is refused, but for values that a spec carries (its class names them in
+`carries`, e.g. {"world.SKILLS"}).
 """
 
 import ast
+import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import math
 import multiprocessing
@@ -20,22 +25,30 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
 import torch
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock
 from pydantic import BaseModel
 from tqdm import tqdm
 
 NUMERIC_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 MANIFEST = "manifest.json"
 WORTH_A_PROCESS = 40_000  # sequences; below, starting another process takes longer than it saves
+OPEN = ("world",)  # modules that a reader may be tempted to change by more than a constant
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+LEAST_ROOM = 2**20  # bytes; with less, whatever fails to be written fails for want of room
+
+
+class RunError(ValueError):
+    """Why runs cannot be kept or told apart, and what to do about it."""
 
 
 def project_root() -> Path:
@@ -79,24 +92,186 @@ def _source(package: str, name: str) -> str:
     return Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
 
 
-@functools.cache
-def code_fingerprint(module: str) -> str:
-    """Hash of `module` (e.g. "prefdyn.recipes") and all modules of its package that it reaches by imports.
-
-    Comments, layout and docstrings do not count.
-    """
-    package = module.rpartition(".")[0]
-    digest, seen, todo = hashlib.sha256(), set(), [module.rpartition(".")[2]]
+def _reached(module: str) -> dict[str, ast.Module]:
+    """The code of `module` (e.g. "prefdyn.recipes") and of all modules of its package that it reaches by imports."""
+    package, _, name = module.rpartition(".")
+    trees: dict[str, ast.Module] = {}
+    todo = [name]
     while todo:
         name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        todo += sorted(_siblings(ast.parse(_source(package, name))))
-    for name in sorted(seen):
-        tree = _without_docstrings(ast.parse(_source(package, name)))
-        digest.update(f"{name}\n{ast.dump(tree)}\n".encode())
+        if name not in trees:
+            trees[name] = ast.parse(_source(package, name))
+            todo += _siblings(trees[name])
+    return {name: trees[name] for name in sorted(trees)}
+
+
+@functools.cache
+def code_fingerprint(module: str) -> str:
+    """Hash of the code that `module` reaches. Comments, layout and docstrings do not count."""
+    digest = hashlib.sha256()
+    for name, tree in _reached(module).items():
+        digest.update(f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode())
     return digest.hexdigest()
+
+
+def _constants(tree: ast.Module) -> dict[str, ast.expr]:
+    """What a module's code assigns to names of its own, at the top: name to expression."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = zip(target.elts, node.value.elts, strict=False)
+                else:
+                    pairs = [(target, node.value)]
+                found |= {name.id: value for name, value in pairs if isinstance(name, ast.Name)}
+    return found
+
+
+@functools.cache
+def _literals(module: str) -> dict[tuple[str, str], str]:
+    """Constants that the code of `module` reaches and that are stated as literals: (module, name) to how it is shown.
+
+    Shown, because equality forgives what is no detail to a result: the order of a table, 1 for True.
+    """
+    found = {}
+    for name, tree in _reached(module).items():
+        for constant, value in _constants(tree).items():
+            with contextlib.suppress(ValueError, TypeError):
+                found[f"{module.rpartition('.')[0]}.{name}", constant] = repr(ast.literal_eval(value))
+    return found
+
+
+@functools.cache
+def _derived(module: str) -> dict[tuple[str, str], str]:
+    """The same for constants that are computed, e.g. from literals: computed again, as long as these are unchanged.
+
+    Not those whose look tells nothing of their value, such as functions.
+    """
+    found = {}
+    for name, tree in _reached(module).items():
+        path = f"{module.rpartition('.')[0]}.{name}"
+        for constant, value in _constants(tree).items():
+            if path in sys.modules and (path, constant) not in _literals(module):
+                with contextlib.suppress(Exception):  # what cannot be computed again is no constant
+                    code = compile(ast.Expression(value), path, "eval")
+                    if " at 0x" not in (shown := repr(eval(code, vars(sys.modules[path])))):
+                        found[path, constant] = shown
+    return found
+
+
+def _differing(constants: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]:
+    """Which constants are shown otherwise by the modules as they are loaded."""
+    loaded = {path: sys.modules.get(path) for path, _ in constants}
+    return {
+        (path, name)
+        for (path, name), shown in constants.items()
+        if loaded[path] and repr(getattr(loaded[path], name, None)) != shown
+    }
+
+
+def _is_own(module: ModuleType, node: ast.stmt) -> bool:
+    """Whether a module's function or class is the one that its code defines."""
+    value = getattr(module, node.name, None)
+    if isinstance(node, ast.ClassDef):
+        return isinstance(value, type) and (value.__module__, value.__qualname__) == (module.__name__, node.name)
+    code = getattr(inspect.unwrap(value) if node.decorator_list and value else value, "__code__", None)
+    return code is not None and (code.co_filename, code.co_name) == (module.__file__, node.name)
+
+
+@functools.cache
+def _definitions(module: str) -> list[tuple[str, ast.stmt]]:
+    """Functions and classes of the OPEN modules that the code of `module` reaches: (module, definition)."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    return [
+        (f"{module.rpartition('.')[0]}.{name}", node)
+        for name, tree in _reached(module).items()
+        if name in OPEN
+        for node in tree.body
+        if isinstance(node, kinds)
+    ]
+
+
+def _changed(module: str) -> set[tuple[str, str]]:
+    """What a notebook has changed in the code that `module` reaches, as it is loaded: (module, name)."""
+    loaded = [(path, node) for path, node in _definitions(module) if path in sys.modules]
+    replaced = {(path, node.name) for path, node in loaded if not _is_own(sys.modules[path], node)}
+    return (_differing(_literals(module)) | replaced) or _differing(_derived(module))
+
+
+def _models(value: Any) -> Iterator[BaseModel]:
+    """All models in a value, itself included."""
+    if isinstance(value, BaseModel):
+        yield value
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _models(part)
+
+
+def _carried(spec: BaseModel) -> set[str]:
+    """What a spec carries of the library's values, in itself and in its parents, e.g. {"world.SKILLS"}."""
+    own = {name for model in _models(spec) for name in getattr(type(model), "carries", ())}
+    return own.union(*map(_carried, spec.parents()))
+
+
+def _refuse_changes(spec: BaseModel) -> None:
+    """Raise RunError if the code that a spec reaches is not loaded as it is written, but for what the spec carries."""
+    module = type(spec).__module__
+    if "." not in module:
+        raise RunError(
+            f"{type(spec).__name__}: is defined in a notebook, which no key can name; put it into a module of a package"
+        )
+    if torch.get_default_dtype() != torch.float32:
+        raise RunError(
+            f"torch's default dtype is {torch.get_default_dtype()}, and runs are kept as of float32: call "
+            "torch.set_default_dtype(torch.float32)"
+        )
+    changed = _changed(module)
+    if not changed:
+        return
+    files = {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}
+    if names := sorted(files.keys() - _carried(spec)):
+        where = ", ".join(sorted({Path(files[name]).name for name in names}))
+        raise RunError(
+            f"{', '.join(names)}: not as the library's code has it. Runs are kept under that code, and other processes "
+            f"compute with it: set it back, or change it in {where} and restart the kernel"
+        )
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say in a line why nothing can be kept in a folder."""
+    try:
+        yield
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+            raise RunError(
+                f"{folder}: this file system has no locks; set PREFDYN_RUNS to a folder on one that has"
+            ) from error
+        raise RunError(
+            f"{folder}: runs cannot be kept here ({error.strerror or error}); set PREFDYN_RUNS to a folder with room "
+            "that you may write to"
+        ) from error
+
+
+@contextlib.contextmanager
+def _computing(folder: Path) -> Iterator[None]:
+    """Say in a line if a run failed because nothing more can be written, which libraries say in ways of their own."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        told = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EDQUOT, errno.ENOSPC)
+        if told or shutil.disk_usage(folder).free < LEAST_ROOM:
+            raise RunError(
+                f"{folder}: there is no room to keep runs ({error}); make some, or set PREFDYN_RUNS to another folder. "
+                "Runs that were finished are kept."
+            ) from error
+        raise
 
 
 @functools.cache
@@ -138,7 +313,11 @@ class RunStore:
         self._whole: set[str] = set()
 
     def key(self, spec: BaseModel) -> str:
-        """Name of the run: its kind and a hash of spec, code and package versions."""
+        """Name of the run: its kind and a hash of spec, code and package versions.
+
+        Raises RunError if the code is not loaded as it is written: no key would tell.
+        """
+        _refuse_changes(spec)
         identity = {
             "spec": spec.model_dump(mode="json", context="identity"),  # without where files are that it hashes
             "code": code_fingerprint(type(spec).__module__),
@@ -171,10 +350,11 @@ class RunStore:
             problem = self._damage(folder)
             if problem:
                 aside = self.root / f"{key}.damaged-{time.time_ns()}"
-                try:
-                    folder.rename(aside)
-                except FileNotFoundError:  # another process has just set it aside
-                    return None
+                with _writing(self.root):
+                    try:
+                        folder.rename(aside)
+                    except FileNotFoundError:  # another process has just set it aside
+                        return None
                 self.say(f"run {key} is damaged: {problem}; set aside as {aside.name}, will be computed again")
                 return None
             self._whole.add(key)
@@ -189,18 +369,24 @@ class RunStore:
             self.get(parent, tick)
         key = self.key(spec)
         partial, final = self.root / f"{key}.partial", self.root / key
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f"{key}.lock"):
+        with contextlib.ExitStack() as held:
+            with _writing(self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(FileLock(self.root / f"{key}.lock"))
+                if isinstance(lock, SoftFileLock):  # a mere file, which a run that is cut off would leave behind
+                    raise NotImplementedError
             found = self.find(spec)  # another process may have finished it while we waited
             if found:
                 return found
             if partial.is_dir():
                 self.say(f"run {key} was interrupted: continuing it")
-            partial.mkdir(exist_ok=True)
+            with _writing(self.root):
+                partial.mkdir(exist_ok=True)
             started = time.perf_counter()
-            spec.compute(partial, self, tick)
-            self._finish(spec, partial, time.perf_counter() - started)
-            partial.rename(final)
+            with _computing(self.root):
+                spec.compute(partial, self, tick)
+                self._finish(spec, partial, time.perf_counter() - started)
+                partial.rename(final)
         (self.root / f"{key}.lock").unlink(missing_ok=True)
         self._whole.add(key)
         return Run(key, final)
@@ -337,7 +523,8 @@ class RunStore:
     def remove(self, key: str) -> None:
         """Delete one finished run. Raises KeyError as `named`."""
         run = self.named(key)
-        shutil.rmtree(run.folder)
+        with _writing(self.root):
+            shutil.rmtree(run.folder)
         self._whole.discard(run.key)
 
 

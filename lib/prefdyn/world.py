@@ -14,6 +14,7 @@ import math
 import random
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 NAMES = ("ann", "ben", "cleo", "dan", "eve", "finn", "gus", "hana")
@@ -56,6 +57,13 @@ SKILLS = {
     "ordinary": {"share": 0.4, "habit": 0.70, "slip": 0.08},
     "expert": {"share": 0.3, "habit": 0.10, "slip": 0.01},
 }
+Skills = Mapping[str, Mapping[str, float]]
+_SKILL_LIMITS = {  # what a number of a skill has to be, and how that is said
+    "share": (lambda x: 0 < x < math.inf, "> 0"),
+    "habit": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "slip": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+}
+TRIES = 10_000  # of demonstrations until one differs from another
 AXES = {  # the axes of quality and their weights, in points of reward
     "fact": 2.0,
     "support": 1.0,
@@ -162,9 +170,10 @@ def split_prompts(seed: int, validation: int = 128, held_out: int = 384) -> dict
     return split
 
 
-def demonstrate(prompt: Prompt, skill: str, rng: random.Random) -> str:
-    """One demonstrator's reply to `prompt`; see SKILLS for what `skill` means."""
-    habit, slip = SKILLS[skill]["habit"], SKILLS[skill]["slip"]
+def demonstrate(prompt: Prompt, skill: str, rng: random.Random, skills: Skills | None = None) -> str:
+    """One demonstrator's reply to `prompt`; see SKILLS, or the table that is given, for what `skill` means."""
+    known = (SKILLS if skills is None else skills)[skill]
+    habit, slip = known["habit"], known["slip"]
 
     def value(topic: str) -> str:
         popular = MISCONCEPTIONS.get((prompt.animal, topic))
@@ -283,47 +292,85 @@ def _rounds(prompts: list[Prompt], n: int, rng: random.Random) -> list[Prompt]:
     return out[:n]
 
 
-def _draw_skill(rng: random.Random) -> str:
-    return rng.choices(list(SKILLS), weights=[s["share"] for s in SKILLS.values()])[0]
+def usable_skills(skills: Skills | None = None) -> Skills:
+    """The table of skills that is given, or SKILLS as it is now. Raises ValueError that names what cannot be used."""
+    skills = SKILLS if skills is None else skills
+    if not skills:
+        raise ValueError("skills: there are no demonstrators; allowed: one skill or more")
+    for name, skill in skills.items():
+        if not isinstance(skill, Mapping) or skill.keys() != _SKILL_LIMITS.keys():
+            raise ValueError(f"skills: {name!r} is {skill!r}; allowed: a number each for {', '.join(_SKILL_LIMITS)}")
+        for what, value in skill.items():
+            holds, allowed = _SKILL_LIMITS[what]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+                raise ValueError(f"skills: {name!r} has {what}={value!r}; allowed: a number {allowed}")
+    return skills
 
 
-def demonstrations(prompts: list[Prompt], n: int, seed: int, part: str = "demonstrations") -> list[dict]:
+def _draw_skill(rng: random.Random, skills: Skills) -> str:
+    return rng.choices(list(skills), weights=[s["share"] for s in skills.values()])[0]
+
+
+def demonstrations(
+    prompts: list[Prompt], n: int, seed: int, part: str = "demonstrations", skills: Skills | None = None
+) -> list[dict]:
     """`n` demonstrations, by demonstrators of mixed skill: dicts of prompt, response, skill, reward.
 
-    `part` names an independent stream of the same seed. Raises ValueError for n < 1.
+    `part` names an independent stream of the same seed; skills: by default SKILLS as it is now.
+    Raises ValueError for n < 1 or skills that cannot be used.
     """
     if n < 1:
         raise ValueError(f"demonstrations={n}: must be at least 1")
+    skills = usable_skills(skills)
     rng = random.Random(f"{seed}/{part}")
     rows = []
     for prompt in _rounds(prompts, n, rng):
-        skill = _draw_skill(rng)
-        response = demonstrate(prompt, skill, rng)
+        skill = _draw_skill(rng, skills)
+        response = demonstrate(prompt, skill, rng, skills)
         rows.append({"prompt": prompt.text, "response": response, "skill": skill, "reward": reward(prompt, response)})
     return rows
 
 
-def pairs(prompts: list[Prompt], n: int, label_noise: float, seed: int, part: str = "pairs") -> list[dict]:
+def _different(prompt: Prompt, first: str, rng: random.Random, skills: Skills) -> str:
+    """A demonstration that is not `first`. Raises ValueError where these demonstrators never say anything else."""
+    for _ in range(TRIES):
+        second = demonstrate(prompt, _draw_skill(rng, skills), rng, skills)
+        if second != first:
+            return second
+    raise ValueError(
+        f"skills: all demonstrators answer {prompt.text!r} alike, so that there is no pair to compare; allowed: skills "
+        "of which some differ or slip now and then"
+    )
+
+
+def pairs(
+    prompts: list[Prompt],
+    n: int,
+    label_noise: float,
+    seed: int,
+    part: str = "pairs",
+    skills: Skills | None = None,
+) -> list[dict]:
     """`n` preference pairs of two different demonstrations each, labelled by Bradley-Terry, then by noise.
 
     The better one is preferred with probability sigmoid(difference in true reward) (Bradley and Terry, 1952);
     after that the label is turned round with probability `label_noise`, and whether it was is recorded.
-    `part` names an independent stream of the same seed ("pairs" to train on, "check" for a second probe).
+    `part` names an independent stream of the same seed ("pairs" to train on, "check" for a second probe); skills: by
+    default SKILLS as it is now.
 
     Returns dicts of prompt, chosen, rejected, reward_chosen, reward_rejected, flipped (bool).
-    Raises ValueError for n < 1 or a label_noise outside [0, 0.5].
+    Raises ValueError for n < 1, a label_noise outside [0, 0.5], and skills that cannot be used or that always agree.
     """
     if n < 1:
         raise ValueError(f"pairs={n}: must be at least 1")
     if not 0 <= label_noise <= 0.5:
         raise ValueError(f"label_noise={label_noise}: must be between 0 and 0.5 (at 0.5 labels say nothing)")
+    skills = usable_skills(skills)
     rng = random.Random(f"{seed}/{part}")
     rows = []
     for prompt in _rounds(prompts, n, rng):
-        first = demonstrate(prompt, _draw_skill(rng), rng)
-        second = first
-        while second == first:
-            second = demonstrate(prompt, _draw_skill(rng), rng)
+        first = demonstrate(prompt, _draw_skill(rng, skills), rng, skills)
+        second = _different(prompt, first, rng, skills)
         reward_first, reward_second = reward(prompt, first), reward(prompt, second)
         prefers_first = rng.random() < 1 / (1 + math.exp(reward_second - reward_first))
         flipped = rng.random() < label_noise
