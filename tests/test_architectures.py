@@ -60,8 +60,8 @@ def rounded(value: float | None, *bounds: float) -> str:
 def needs(model) -> str:
     """What measuring changes for as long as it lasts."""
     changes = {
-        "fused attention replaced by the plain one": model.config._attn_implementation == "sdpa",
-        "experts run one by one": model.config._experts_implementation != "eager",
+        "plain attention": model.config._attn_implementation == "sdpa",
+        "experts one by one": model.config._experts_implementation != "eager",
     }
     return "; ".join(what for what, needed in changes.items() if needed) or "nothing"
 
