@@ -89,10 +89,23 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 
 def test_no_space_is_put_before_text_in_the_middle():
-    """a</s>a: "▁a", then the five characters of the token's text, then "a" without a space of its own."""
+    """a</s>a after two newlines: "a", the characters of the token's text, "a"; none of them at the start of a text."""
     tokenizer = sentencepiece_like()
     (told,) = chat.response_ids(tokenizer, ["a</s>a"])
-    assert tokenizer.convert_ids_to_tokens(told) == ["▁a", "<", "/", "s", ">", "a", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(told) == ["a", "<", "/", "s", ">", "a", "</s>"]
+
+
+@pytest.mark.parametrize("template", [None, HEADED.replace("<stop>", "</s>").replace("<start>", "<s>")])
+def test_a_prompt_and_its_reply_are_the_tokens_of_the_whole_text(template):
+    """Encoded apart they are what the rendered conversation is, encoded at once."""
+    tokenizer = sentencepiece_like()
+    tokenizer.chat_template = template
+    (asked,), (told,) = chat.prompt_ids(tokenizer, ["a b"]), chat.response_ids(tokenizer, ["b a"])
+    whole = "a b\n\nb a</s>"
+    if template:
+        turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b a"}]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False).removesuffix("\n")
+    assert asked + told == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def test_a_reply_ends_as_the_template_ends_a_turn():
@@ -177,6 +190,62 @@ def test_a_template_that_refuses_a_conversation_is_no_crash():
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + HEADED
     with pytest.raises(chat.ChatError, match="the chat template refuses the conversation: no system message"):
         chat.prompt_ids(bpe(strict), [(SYSTEM, ("user", "hello"))])
+
+
+TRIMMED = HEADED.replace("m['content']", "m['content'] | trim")
+
+
+def test_what_a_template_trims_is_trimmed_in_replies_too():
+    plain, spaced = chat.response_ids(bpe(TRIMMED), ["yes it is", " yes it is\n"])
+    assert plain == spaced and text_of(bpe(TRIMMED), plain) == "yes it is<stop>"
+    plain, spaced = chat.response_ids(bpe(HEADED), ["yes it is", " yes it is\n"])
+    assert text_of(bpe(HEADED), spaced) == " yes it is\n<stop>" and plain != spaced
+
+
+def test_an_end_of_turn_need_not_be_a_special_token():
+    tokenizer = policy.bpe_tokenizer(TEXTS, 320)
+    tokenizer.add_tokens(["<start>", "<stop>"])
+    tokenizer.chat_template = HEADED
+    (told,) = chat.response_ids(tokenizer, ["yes"])
+    assert text_of(tokenizer, told) == "yes<stop>"
+    assert tokenizer.convert_tokens_to_ids("<stop>") in chat.ends(tokenizer, None)
+
+
+def test_an_end_of_turn_that_is_a_text_stays_before_the_end():
+    tokenizer = bpe(HEADED.replace("<stop>", " /end/"))
+    assert text_of(tokenizer, chat.response_ids(tokenizer, ["yes"])[0]) == "yes /end/<eos>"
+
+
+def test_a_template_that_leaves_out_a_turn_is_found_out():
+    """One that knows users and assistants alone, and one that reads the last message alone."""
+    knows_two = HEADED.replace("for m in messages", "for m in messages if m['role'] in ['user', 'assistant']")
+    last_only = HEADED.replace("for m in messages", "for m in messages[-1:]")
+    hello = ("user", "hello")
+    assert chat.prompt_ids(bpe(knows_two), [(*HISTORY, hello)]) and chat.prompt_ids(bpe(last_only), ["hello"])
+    for template, prompt, role in (
+        (knows_two, (SYSTEM, hello), "system"),
+        (knows_two, (hello, ("tool", "42")), "tool"),
+        (last_only, (*HISTORY, ("user", "what is it?")), "user"),
+    ):
+        with pytest.raises(chat.ChatError, match=f"leaves out a turn of the conversation: of role '{role}'"):
+            chat.prompt_ids(bpe(template), [prompt])
+
+
+def test_an_invitation_that_is_not_how_replies_begin_is_refused():
+    """One that opens a thought in the invitation and none before replies: the reply would be in an open thought."""
+    template = HEADED.replace("<start>assistant\n{% endif %}", "<start>assistant\n<think>\n{% endif %}")
+    with pytest.raises(ValueError, match="prompts and replies do not fit together"):
+        chat.response_ids(bpe(template), ["yes"])
+
+
+def test_several_templates_are_told_the_date_and_one_of_them_is_the_default():
+    tokenizer = bpe()
+    both = {"default": "{{ strftime_now('%Y') }}" + HEADED, "tool_use": "{{ strftime_now('%d') }}"}
+    tokenizer.chat_template = chat.with_date(both, "2025-03-01")
+    assert text_of(tokenizer, chat.prompt_ids(tokenizer, ["hello"])[0]).startswith("2025<start>")
+    tokenizer.chat_template = {"tool_use": HEADED}
+    with pytest.raises(ValueError, match="chat templates for tool_use and none for all"):
+        chat.prompt_ids(tokenizer, ["hello"])
 
 
 def test_nothing_that_ends_a_turn_is_refused():

@@ -47,7 +47,7 @@ def put(folder: Path, name: str, text: str = "{}") -> None:
 # what is written, and which identities it changes: of the model, of the tokenizer
 READ = {
     "config.json": (True, True),
-    "generation_config.json": (True, False),
+    "generation_config.json": (True, True),  # which may name the end of text
     "model.safetensors": (True, False),
     "tokenizer.json": (True, True),
     "tokenizer_config.json": (True, True),

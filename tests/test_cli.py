@@ -15,6 +15,7 @@ from prefdyn import cli, params
 from prefdyn.cli import CommandError, parse_assignment
 from prefdyn.runs import RunStore
 from toys.specs import Toy
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = [
@@ -451,3 +452,18 @@ def test_what_cannot_be_verified_is_said(project, call):
     leave_values(project, "smoke", gain=[1.0, 2.0, 3.0])
     status, _, err = call("verify")
     assert status == 2 and "the executed chapters are of profile 'smoke', the reference of 'reader'" in err
+
+
+def test_a_parameter_given_twice_is_refused():
+    assert cli.parse_assignments(["beta=0.5", "pairs=48"]) == {"beta": 0.5, "pairs": 48}
+    with pytest.raises(CommandError, match="pairs: given twice, 48 and 4800"):
+        cli.parse_assignments(["pairs=48", "pairs=4800"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["world"], "no preference file"), (["a.jsonl", "-p", "dataset=b.jsonl"], "dataset: given twice")],
+)
+def test_what_data_cannot_describe_is_said(arguments, said):
+    result = CliRunner().invoke(cli.app, ["data", *arguments])
+    assert isinstance(result.exception, CommandError) and said in str(result.exception)

@@ -101,7 +101,7 @@ def test_replies_to_a_file_have_no_types_and_no_reward(store, tmp_path):
         for i in range(45)
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
-    p = check(SMALL | {"dataset": str(path), "vocab_size": 300, "sft_steps": 4})
+    p = check(SMALL | {"dataset": str(path), "vocab_size": 300, "sft_steps": 4, "demonstrations": None})
     table = store.get(plan.exploration_run(p, plan.dpo_run(p, 0))).frame("exploration")
     assert set(table.columns) == {"step", "index", "distinct", "reward", "best"} and len(table) == 3 * 5
     assert table[["reward", "best"]].isna().all(axis=None) and np.isfinite(table["distinct"]).all()

@@ -18,7 +18,6 @@ SMALL = {
     "profile": "smoke",
     "pairs": 24,
     "check": 8,
-    "demonstrations": 32,
     "validation": 4,
     "held_out": 4,
     "batch": 8,
@@ -26,7 +25,6 @@ SMALL = {
     "sft_steps": 2,
     "epochs": 1.0,
     "checkpoints": 2,
-    "width": 16,
 }
 DATED = "{% set day = strftime_now('%d %b') if strftime_now is defined else 'never' %}{{ day }} " + policy.CHAT_TEMPLATE
 
@@ -114,7 +112,7 @@ def test_a_checkpoint_is_read_once_to_plan_all_runs_of_a_chapter(checkpoint, mon
 
 def test_demonstrators_that_a_reader_changes_are_those_of_the_run(store, monkeypatch):
     """Set in the notebook, as an exercise invites to: the run of this world, not the kept one of another."""
-    p = check(SMALL)
+    p = check(SMALL | {"demonstrations": 64, "width": 16})
     before = plan.sft_run(p, 0)
     monkeypatch.setitem(world.SKILLS, "novice", {"share": 1.0, "habit": 0.0, "slip": 0.05})
     monkeypatch.setattr(world, "SKILLS", {"novice": world.SKILLS["novice"]})

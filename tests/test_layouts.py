@@ -147,7 +147,7 @@ RIGHT = {
     "transcript with history": (
         "transcript",
         {
-            "chosen": "\n\nHuman: q\n\nAssistant: a \n\n\nHuman: r\n\nAssistant: yes",
+            "chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: yes",
             "rejected": "Human: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: no",
         },
         HISTORY_TURNS,
@@ -209,10 +209,10 @@ def test_layouts(tmp_path, case):
 
 
 def test_what_is_between_the_marks_of_a_transcript_is_kept(tmp_path):
-    """The marker takes the one space after its colon; only what stands before the next marker loses its blanks."""
+    """The marker takes the two newlines before it and the one space after its colon, and nothing else."""
     told = "\n\nHuman:  two spaces\n\tand Human: a tab \n \n\nAssistant:none \n\nHuman: r\n\nAssistant: {} \n"
     _, pair = only(tmp_path, {"chosen": told.format("yes"), "rejected": told.format("no")})
-    asked = (("user", " two spaces\n\tand Human: a tab"), ("assistant", "none"), ("user", "r"))
+    asked = (("user", " two spaces\n\tand Human: a tab \n "), ("assistant", "none "), ("user", "r"))
     assert pair == {"prompt": asked, "chosen": "yes \n", "rejected": "no \n"}
 
 
@@ -842,3 +842,45 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     assert layouts.read(str(write(tmp_path / "a.jsonl", rows))).unread == ("source", "input")
     asked = {"question": "q", "chosen": "yes", "rejected": "no", "system": "s", "prompt_id": 3}
     assert layouts.read(str(write(tmp_path / "b.jsonl", [asked]))).unread == ("prompt_id",)
+
+
+def test_keys_of_messages_and_files_of_a_folder_that_are_not_read_are_named(tmp_path):
+    chosen = [{"role": "user", "content": "q", "name": "ann"}, {"role": "assistant", "content": "yes", "weight": 2}]
+    rejected = [{"role": "user", "content": "q", "name": None}, {"role": "assistant", "content": "no", "weight": 0.5}]
+    write(tmp_path / "a.jsonl", [{"chosen": chosen, "rejected": rejected}])
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "c.csv").write_text("prompt")
+    (tmp_path / ".hidden").write_text("")
+    reading = layouts.read(str(tmp_path))
+    assert reading.unread == ("chosen[].name", "chosen[].weight", "rejected[].weight")
+    assert reading.passed_over == ("c.csv", "sub/")
+
+
+@pytest.mark.parametrize("names", layouts._SCORES, ids=lambda names: names[0])
+def test_scores_by_any_of_their_names_have_a_say(tmp_path, names):
+    rows = [PAIR | dict(zip(names, scores, strict=True)) for scores in ((2, 1), (1, 2), (1, 1))]
+    reading = layouts.read(str(write(tmp_path / "a.jsonl", rows)))
+    assert [left.reason for left in reading.left_out] == ["the scores prefer 'rejected'", "equal scores: no preference"]
+    assert reading.unread == ()
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["prompt", "chosen", "chosen"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has the column 'chosen' twice"):
+        layouts.read(str(tmp_path / "a.parquet"))
+
+
+def test_a_transcript_that_lacks_its_last_marker_is_no_text(tmp_path):
+    """The sides bring the marker, or the record cannot be used; the markers never become text."""
+    asked = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c"
+    whole = {"prompt": asked, "chosen": "\n\nAssistant: yes", "rejected": "\n\nAssistant: no"}
+    broken = {"prompt": asked, "chosen": "yes", "rejected": "no"}
+    plain = {"prompt": "Human: what is that?", "chosen": "yes", "rejected": "no"}
+    reading = layouts.read(str(write(tmp_path / "a.jsonl", [whole, broken, plain])))
+    turns = (("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert [(row["prompt"], row["chosen"]) for row in reading.pairs] == [
+        (turns, "yes"),
+        ("Human: what is that?", "yes"),
+    ]
+    assert [left.reason for left in reading.left_out] == ["the last message of 'chosen' is not the assistant's"]

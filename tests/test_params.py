@@ -640,3 +640,32 @@ def test_the_command_of_a_chapter_names_what_differs_from_its_profile():
     p = check({"profile": "smoke", "beta": 0.3, "seeds": [4, 5], "dataset": "my pairs.jsonl", "variants": ["late"]})
     said = params.command(p, "05", ["profile", "dataset", "seeds", "lr", "beta"])
     assert said == "prefdyn execute 05 -p profile=smoke -p 'dataset=my pairs.jsonl' -p 'seeds=[4, 5]' -p beta=0.3"
+
+
+@pytest.mark.parametrize(
+    "line", ["import os", "for i in range(2):\n    pass", "print(1)", "def f():\n    beta = 9", "seeds += [8]"]
+)
+def test_a_parameters_cell_that_does_more_than_assign_is_one_all_the_same(line):
+    """With what papermill adds after it: the values of its names, and none from the profile in their place."""
+    cell = f'profile = "smoke"\nseeds = [5, 6]\ndataset = "mine.jsonl"\nbeta = None\n{line}'
+    namespace = {"profile": "smoke", "seeds": [5, 6], "dataset": "mine.jsonl", "beta": 0.5, "i": 1}
+    p = read_cells(["import numpy", cell, "beta = 0.5", ASKS], namespace)
+    assert (p.profile, p.seeds, p.dataset, p.beta) == ("smoke", [5, 6], "mine.jsonl", 0.5)
+    with pytest.raises(ParameterError, match="betta: no such parameter"):
+        read_cells(["import numpy", cell, "betta = 0.5", ASKS], namespace | {"betta": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"dataset": "a.jsonl", "label_noise": 0.4}, "label_noise: given 0.4; only the world has it"),
+        ({"dataset": "a.jsonl", "demonstrations": 500}, "demonstrations: given 500; only the world has it"),
+        ({"model": "./here", "width": 32}, "width: given 32; a model from scratch alone has it"),
+        ({"target_responses": "chosen", "target_decoding": "sampled"}, "target_decoding: given 'sampled'; chosen"),
+    ],
+)
+def test_a_value_that_nothing_would_read_is_refused(given, said):
+    with pytest.raises(ParameterError) as error:
+        check({"profile": "smoke"} | given)
+    assert said in str(error.value)
+    check({"profile": "smoke"} | {name: value for name, value in given.items() if name in ("dataset", "model")})

@@ -452,3 +452,16 @@ def test_entropy_and_kl_against_brute_force():
             assert kl[row].item() == pytest.approx(F.kl_div(q, p, log_target=True, reduction="sum").item(), abs=1e-4)
     assert (kl > 0).all()
     assert (policy.entropy_and_kl(model, model, batch)[1] == 0).all()
+
+
+def test_a_template_whose_tokens_have_no_embedding_is_refused(tmp_path):
+    """Control tokens that were added, and a model that was not resized: training would end with an IndexError."""
+    model, tokenizer = tiny_policy()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start>", "<stop>"]})
+    policy.save(model, tokenizer, tmp_path / "unused")
+    policy.load(str(tmp_path / "unused"))  # which nothing is encoded as
+    messages = "{% for m in messages %}<start>{{ m['content'] }}<stop>{% endfor %}"
+    tokenizer.chat_template = messages + "{% if add_generation_prompt %}<start>{% endif %}"
+    policy.save(model, tokenizer, tmp_path / "used")
+    with pytest.raises(ValueError, match="its chat template uses '<start>', '<stop>', and there are"):
+        policy.load(str(tmp_path / "used"))

@@ -365,6 +365,7 @@ def test_win_rates_by_hand():
 
 FILE = {
     **SMALL,
+    "demonstrations": None,  # a file has none of its own
     "pairs": 24,
     "check": 8,
     "held_out": 6,
@@ -453,7 +454,8 @@ def tied_policy():
 def test_a_checkpoint_by_path_is_used_as_it_is(tmp_path, kind):
     model, tokenizer = kind()
     policy.save(model, tokenizer, tmp_path / "checkpoint")
-    p = check(FILE | {"model": str(tmp_path / "checkpoint"), "sft_steps": 0, "epochs": 1.0, "sft_batch": 10_000})
+    given = {name: value for name, value in FILE.items() if name not in ("vocab_size", "width")}  # it has its own
+    p = check(given | {"model": str(tmp_path / "checkpoint"), "sft_steps": 0, "epochs": 1.0, "sft_batch": 10_000})
     store = RunStore(tmp_path / "runs")
     sft = store.get(plan.sft_run(p, seed=0))
     kept, _ = recipes.final_policy(sft)

@@ -106,7 +106,7 @@ def test_a_file_with_text_that_would_be_markup_is_escaped_on_the_page(capsys):
     from prefdyn.layouts import LeftOut
 
     odd = LeftOut("line 1", "unknown role", "<script>alert(1)</script>")
-    account = Account("pairs", (), 1, (odd,), 0, (), {}, Limits(9, 9), {})
+    account = Account("pairs", (), (), 1, (odd,), 0, (), {}, Limits(9, 9), {})
     shown = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "display", lambda data, **more: shown.append(data))

@@ -38,14 +38,15 @@ class Cut(NamedTuple):
 class Account:
     """What became of every record of the data.
 
-    columns: those of the file that hold something and are not read. records: its lines or rows, 0 for the world.
-    unread: the records that hold no usable pair. pairs: those that were read. dropped: the pairs that encoding and
-    cutting ruled out. parts: what the others are for, and how many. cut: by kind of text ("prompts", "chosen",
+    columns, files: those of the source that hold something and are not read. records: its lines or rows, 0 for the
+    world. unread: the records that hold no usable pair. pairs: those that were read. dropped: the pairs that encoding
+    and cutting ruled out. parts: what the others are for, and how many. cut: by kind of text ("prompts", "chosen",
     "rejected", "demonstrations"), of what is in use.
     """
 
     layout: str
     columns: tuple[str, ...]
+    files: tuple[str, ...]
     records: int
     unread: tuple[LeftOut, ...]
     pairs: int
@@ -71,6 +72,7 @@ class Account:
         """The whole account as rows (what, how much); of what is left out the first few by place. Not escaped."""
         rows = [("records read", f"{self.records} ({self.layout})")] if self.records else []
         rows += [("columns not read", ", ".join(self.columns))] if self.columns else []
+        rows += [("files not read", ", ".join(self.files))] if self.files else []
         rows += [*_by_reason(self.unread), *self.use()]
         for left in (*self.unread, *self.dropped)[:examples]:
             rows.append((f"for example, {left.where}", f"{left.reason}: {left.detail}" if left.detail else left.reason))
@@ -123,18 +125,20 @@ class Encoder:
         self._limits, self._unknown = limits, tokenizer.unk_token_id
         self._prompts = _encoded_or_why(functools.partial(chat.prompt_ids, tokenizer), prompts)
         self._responses = _encoded_or_why(functools.partial(chat.response_ids, tokenizer), responses)
-        first: dict[tuple[int, ...], Prompt] = {}
+        self._first: dict[tuple[int, ...], Prompt] = {}  # that is cut to these tokens
         for prompt, ids in self._prompts.items():
             if not isinstance(ids, ChatError):
-                first.setdefault(tuple(ids[-limits.max_prompt :]), prompt)
-        self._told_apart = set(first.values())
+                self._first.setdefault(tuple(ids[-limits.max_prompt :]), prompt)
 
     def prompt_fault(self, prompt: Prompt) -> tuple[str, str] | None:
         """Why a prompt cannot be used (reason, detail), or None."""
         ids = self._prompts[prompt]
         if isinstance(ids, ChatError):
             return ids.reason, ids.detail
-        if prompt not in self._told_apart:
+        first = self._first[tuple(ids[-self._limits.max_prompt :])]
+        if self._prompts[first] == ids and first != prompt:
+            return "the prompt has the same tokens as another one", ""
+        if first != prompt:
             return f"cut to max_prompt={self._limits.max_prompt} tokens, the prompt is the same as another one", ""
         return None
 

@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Sequence
 from datetime import date
+from typing import NamedTuple
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -34,9 +35,13 @@ def turns(prompt: Prompt) -> tuple[Turn, ...]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template; of several, the one called "default"."""
+    """The chat template; of several, the one called "default". Raises ValueError if none of them is called so."""
     template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+    if isinstance(template, dict) and "default" not in template:
+        raise ValueError(
+            f"the tokenizer has chat templates for {', '.join(template)} and none for all: set its chat_template to one"
+        )
+    return template["default"] if isinstance(template, dict) else template
 
 
 @functools.lru_cache(maxsize=8)
@@ -55,40 +60,37 @@ def _mark(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text
 
 
-def _inside(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool) -> list[int]:
-    """Ids of a piece from the middle of a text: after a newline, so that no space is put before it as at a start."""
-    newline, whole = (
-        tokenizer(piece, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
-        for piece in ("\n", f"\n{text}")
-    )
-    if whole[: len(newline)] == newline:
-        return whole[len(newline) :]
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
+def _after(
+    tokenizer: PreTrainedTokenizerBase, context: str, texts: Sequence[str], as_text: bool = False
+) -> list[list[int]]:
+    """Ids of texts that follow `context`: no space is put before them as at the start of a text, for example."""
+    encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=as_text)
+    known = encode(context)["input_ids"]
+    found = encode([context + text for text in texts])["input_ids"] if texts else []
+    # where the first characters of a text grow together with the context, the text is encoded by itself
+    return [
+        ids[len(known) :] if ids[: len(known)] == known else encode(text)["input_ids"]
+        for text, ids in zip(texts, found, strict=True)
+    ]
 
 
 def _spelled(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
     """The ids of a control token's text as text. Raises ChatError if the tokenizer cannot tell the two apart."""
-    ids = _inside(tokenizer, token, as_text=True)
+    (ids,) = _after(tokenizer, "\n", [token], as_text=True)
     if tokenizer.convert_tokens_to_ids(token) in ids:
         raise ChatError("the text spells out a control token that the tokenizer cannot read as text", token)
     return ids
 
 
-def _encode_marked(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
-    """Ids of a rendered text with marks in it."""
-    first, *others = _MARKED.split(rendered)  # a text, the number of a control token, a text, ...
-    ids = tokenizer(first, add_special_tokens=False)["input_ids"] if first else []
-    for number, text in zip(others[::2], others[1::2], strict=True):
-        ids += _spelled(tokenizer, _control_tokens(tokenizer)[int(number)])
-        ids += _inside(tokenizer, text, as_text=False) if text else []
-    return ids
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[str]) -> list[list[int]]:
-    """Ids of rendered texts: control tokens of the template as such, marked ones as text; the others all at once."""
-    plain = [text for text in rendered if _OPEN not in text]
-    known = iter(tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
-    return [_encode_marked(tokenizer, text) if _OPEN in text else next(known) for text in rendered]
+def _encode(tokenizer: PreTrainedTokenizerBase, rendered: Sequence[str], context: str = "") -> list[list[int]]:
+    """Ids of rendered texts that follow `context`: control tokens of the template as such, marked ones as text."""
+    split = [_MARKED.split(text) for text in rendered]  # a text, the number of a control token, a text, ...
+    begun = _after(tokenizer, context, [first for first, *_ in split])
+    for ids, (_, *others) in zip(begun, split, strict=True):
+        for number, text in zip(others[::2], others[1::2], strict=True):
+            ids += _spelled(tokenizer, _control_tokens(tokenizer)[int(number)])
+            ids += _after(tokenizer, "\n", [text])[0] if text else []
+    return begun
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn], ask: bool) -> str:
@@ -116,74 +118,100 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return whole[: starts[0]] if starts else []
 
 
+def _rendered_prompt(tokenizer: PreTrainedTokenizerBase, conversation: Sequence[Turn]) -> str:
+    """The template's text of a marked conversation that asks for a reply. Raises ChatError if it lacks a turn."""
+    rendered = _render(tokenizer, conversation, ask=True)
+    for role, content in conversation:
+        # of an earlier answer a template may leave out the thought
+        kept = (content.rpartition("</think>")[2] if role == "assistant" else content).strip()
+        if kept not in rendered:
+            raise ChatError("the chat template leaves out a turn of the conversation", f"of role {role!r}")
+    return rendered
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of prompts, each ready for a reply: the whole conversation through the tokenizer's chat template.
 
-    Where there is no template, the plain layout after what the tokenizer begins a text with. Raises ChatError.
+    Where there is no template, the plain layout after what the tokenizer begins a text with. Raises ChatError, and
+    ValueError for a tokenizer whose templates cannot be used.
     """
     marked = [[(role, _mark(tokenizer, content)) for role, content in turns(prompt)] for prompt in prompts]
     if _template(tokenizer):
-        return _encode(tokenizer, [_render(tokenizer, conversation, ask=True) for conversation in marked])
+        return _encode(tokenizer, [_rendered_prompt(tokenizer, conversation) for conversation in marked])
     begin = _beginning(tokenizer)
     return [begin + ids for ids in _encode(tokenizer, [_plain(conversation) for conversation in marked])]
 
 
-def _first_control(tokenizer: PreTrainedTokenizerBase, text: str) -> str | None:
-    """The control token that comes first in `text`, if any."""
-    found = [(text.index(token), -len(token), token) for token in _control_tokens(tokenizer) if token in text]
-    return min(found)[2] if found else None
+class _Format(NamedTuple):
+    """How the template continues an invitation with a reply.
+
+    invitation: a short question, up to where its reply begins. context: the last of it. head: what the template puts
+    between that and a reply. after: all that it puts after one, and end, the part up to the token that ends the turn.
+    verbatim: whether it puts in a reply as it is.
+    """
+
+    invitation: str
+    context: str
+    head: str
+    after: str
+    end: str
+    verbatim: bool
+
+
+def _asked_and_told(tokenizer: PreTrainedTokenizerBase, reply: str) -> tuple[str, str]:
+    """The template's text of a short question that invites a reply, and of the question with the reply."""
+    question = [("user", "?")]
+    return _render(tokenizer, question, ask=True), _render(tokenizer, [*question, ("assistant", reply)], ask=False)
 
 
 @functools.lru_cache(maxsize=8)
-def _around(tokenizer: PreTrainedTokenizerBase, template: str | None) -> tuple[str, str, str]:
-    """What the template puts before a reply, after it, and of that the part up to the token that ends the turn.
+def _format(tokenizer: PreTrainedTokenizerBase, template: str | None) -> _Format:
+    """The `_Format` of a tokenizer with this template.
 
-    Without a template, or where no control token follows a reply, the end is the tokenizer's end-of-text token.
-    Raises ValueError if there is none, or if the template drops the assistant's message.
+    Without a template, or where nothing follows a reply, a turn ends with the tokenizer's end-of-text token. Raises
+    ValueError if there is none, or if the template cannot be trained on.
     """
-    head = after = end = ""
+    asked, context, head, after, verbatim = "", "\n\n", "", "", True
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
     if template:
-        asked = _render(tokenizer, [("user", "?")], ask=True)
-        whole = _render(tokenizer, [("user", "?"), ("assistant", _PROBE)], ask=False)
-        if _PROBE not in whole:
+        asked, told = _asked_and_told(tokenizer, _PROBE)
+        before, found, after = told.rpartition(_PROBE)
+        if not found:
+            raise ValueError("the tokenizer's chat template drops the assistant's message: nothing to train on is left")
+        if not before.startswith(asked):
             raise ValueError(
-                "the tokenizer's chat template drops the assistant's message: there is nothing to train on"
+                f"the tokenizer's chat template invites a reply with {asked[-40:]!r}, and what it puts before one is "
+                f"{before[-40:]!r}: prompts and replies do not fit together; set a chat_template in which they do"
             )
-        before, _, after = whole.rpartition(_PROBE)
-        head = before.removeprefix(asked) if before.startswith(asked) else ""
-        token = _first_control(tokenizer, after)
-        end = after[: after.index(token) + len(token)] if token else ""
+        head = before[len(asked) :]
+        context = asked[max((asked.rfind(token) for token in tokens), default=0) :] or asked
+        odd = f" {_PROBE}<think>a</think>b \n"
+        verbatim = _asked_and_told(tokenizer, odd)[1] == before + odd + after
+    ending = [(after.index(token), -len(token), token) for token in tokens if token in after]
+    end = after[: min(ending)[0] + len(min(ending)[2])] if ending else after.rstrip() + (tokenizer.eos_token or "")
     if not end:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "the tokenizer has no end-of-text token and its template none that ends a turn; set eos_token"
-            )
-        end = tokenizer.eos_token
-    return head, after, end
+        raise ValueError("the tokenizer has no end-of-text token, its template none that ends a turn: set eos_token")
+    return _Format(asked, context, head, after, end, verbatim)
 
 
 def _rendered_reply(tokenizer: PreTrainedTokenizerBase, reply: str) -> str:
-    """A reply as the template continues a conversation with it, up to the token that ends the turn."""
-    template = _template(tokenizer)
-    head, after, end = _around(tokenizer, template)
-    marked = _mark(tokenizer, reply)
-    added = (token.content for token in tokenizer.added_tokens_decoder.values() if not token.special)
-    if not template or not any(token in marked for token in added):
-        return head + marked + end
-    # a template may treat its own markup in a reply, such as the end of a thought, in a special way
-    asked = _render(tokenizer, [("user", "?")], ask=True)
-    whole = _render(tokenizer, [("user", "?"), ("assistant", marked)], ask=False)
-    if not (whole.startswith(asked) and whole.endswith(after)):
-        return head + marked + end
-    return whole[len(asked) : len(whole) - len(after)] + end
+    """A reply as the template continues a conversation with it, up to what ends the turn. Raises ChatError."""
+    form, marked = _format(tokenizer, _template(tokenizer)), _mark(tokenizer, reply)
+    if form.verbatim:
+        return form.head + marked + form.end
+    _, told = _asked_and_told(tokenizer, marked)
+    if not (told.startswith(form.invitation) and told.endswith(form.after)):
+        raise ChatError("the chat template does not put the reply between its invitation and its end")
+    return told[len(form.invitation) : len(told) - len(form.after)] + form.end
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of replies as the template continues a prompt with them, each with the token that ends the turn.
+    """Token ids of replies as the template continues a prompt with them, each with what ends the turn.
 
-    Raises ChatError, and ValueError if nothing ends a turn.
+    Raises ChatError, and ValueError if nothing ends a turn or the template cannot be trained on.
     """
-    return _encode(tokenizer, [_rendered_reply(tokenizer, reply) for reply in responses])
+    rendered = [_rendered_reply(tokenizer, reply) for reply in responses]
+    return _encode(tokenizer, rendered, _format(tokenizer, _template(tokenizer)).context)
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> tuple[int, ...]:
@@ -197,11 +225,13 @@ def ends(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None
 _DATED = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
-def with_date(template: str | None, today: str) -> str | None:
-    """A chat template that is told `today` (YYYY-MM-DD) and no longer asks the clock: every day gives one prompt.
+def with_date(template: str | dict[str, str] | None, today: str) -> str | dict[str, str] | None:
+    """A chat template, or several, told `today` (YYYY-MM-DD) instead of asking the clock: every day gives one prompt.
 
     Raises ValueError if the template asks in a way that cannot be answered beforehand.
     """
+    if isinstance(template, dict):
+        return {name: with_date(one, today) for name, one in template.items()}
     if template is None or "strftime_now" not in template:
         return template
     told = _DATED.sub(lambda found: repr(date.fromisoformat(today).strftime(found.group(2))), template)

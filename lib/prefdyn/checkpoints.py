@@ -92,6 +92,7 @@ def _tokenizer_files(folder: Path) -> Iterator[Path]:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder}: has no {CONFIG}, so it is no saved checkpoint")
     yield folder / CONFIG
+    yield folder / "generation_config.json"  # which may name the end of text where the tokenizer names none
     for pattern in TOKENIZER:
         yield from folder.glob(pattern)
 

@@ -130,6 +130,16 @@ def _unwritable(path: Path, error: OSError) -> CommandError:
     return CommandError(f"{os.path.relpath(path)}: cannot be written ({error.strerror or error})")
 
 
+def parse_assignments(texts: list[str]) -> dict[str, Any]:
+    """Values by name, each given once. Raises CommandError."""
+    given: dict[str, Any] = {}
+    for name, value in map(parse_assignment, texts):
+        if name in given:
+            raise CommandError(f"{name}: given twice, {given[name]!r} and {value!r}; allowed: once")
+        given[name] = value
+    return given
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a file in one move: it is there whole or not at all. Raises CommandError."""
     new = path.with_name(path.name + ".new")
@@ -246,7 +256,7 @@ def execute(
     ] = None,
 ) -> None:
     """Execute a chapter with parameters; runs that are kept already are not computed again."""
-    target = execute_chapter(chapter_path(chapter), dict(map(parse_assignment, parameter)), output)
+    target = execute_chapter(chapter_path(chapter), parse_assignments(parameter), output)
     typer.echo(f"executed: {os.path.relpath(target)}")
 
 
@@ -260,7 +270,10 @@ def data(
 
     Limits, sizes and the model whose tokenizer counts are parameters, as for chapters: -p max_prompt=256 -p model=NAME.
     """
-    p = params.check({"dataset": source} | dict(map(parse_assignment, parameter)))
+    if source == "world":
+        raise CommandError("'world': no preference file; chapter 1 shows what is in the world")
+    given = parse_assignments([f"dataset={source}", *parameter])
+    p = params.check(given)
     for line in survey.report(p, show):
         typer.echo(line)
 

@@ -146,6 +146,7 @@ def from_file(
         account=Account(
             layout=reading.layout,
             columns=reading.unread,
+            files=reading.passed_over,
             records=reading.records,
             unread=tuple(reading.left_out),
             pairs=len(reading.pairs),
@@ -181,6 +182,7 @@ def under_limits(known: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Lim
     account = Account(
         layout="the world",
         columns=(),
+        files=(),
         records=0,
         unread=(),
         pairs=len(rows),

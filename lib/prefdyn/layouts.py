@@ -72,8 +72,9 @@ class Reading:
 
     layout: names of the layouts found. records: lines that are not blank, elements or rows, all files together; what
     is lost to damage counts as one. pairs: dicts of prompt (Prompt), chosen, rejected and where (str). used: records
-    that the pairs are made of, two for each in the layout "unpaired". unread: columns that hold something and are not
-    read, such as where a record comes from.
+    that the pairs are made of, two for each in the layout "unpaired". unread: columns, and keys of
+    messages ("chosen[].name"), that hold something and are not read, such as where a record comes from. passed_over:
+    files of a folder that are not read.
     """
 
     layout: str
@@ -82,6 +83,7 @@ class Reading:
     left_out: list[LeftOut]
     used: int
     unread: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
 
 class _Pair(NamedTuple):
@@ -193,18 +195,21 @@ def _transcript(text: str) -> tuple[Turn, ...]:
     if not _OPENING.match(text):
         raise Unusable("one side is a transcript and the other is not")
     _, *pieces = _MARKER.split("\n\n" + text.lstrip())
-    contents = [*(content.rstrip() for content in pieces[1:-1:2]), pieces[-1]]
-    return tuple(("user" if who == "Human" else "assistant", c) for who, c in zip(pieces[::2], contents, strict=True))
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return tuple(("user" if who == "Human" else "assistant", content) for who, content in turns)
 
 
 def _is_transcript(record: dict) -> bool:
-    """Whether the sides are texts that hold the prompt as a transcript, or that answer one which ends with a marker."""
+    """Whether the sides are texts that hold the prompt as a transcript, or that go on with one."""
     prompt, sides = record.get("prompt"), (record["chosen"], record["rejected"])
     if not all(isinstance(side, str) for side in sides):
         return False
     if _missing(prompt):
         return any(_OPENING.match(side) for side in sides)
-    return isinstance(prompt, str) and bool(_OPENING.match(prompt)) and prompt.rstrip().endswith("\n\nAssistant:")
+    if not isinstance(prompt, str) or not _OPENING.match(prompt):
+        return False
+    several = len(_MARKER.findall("\n\n" + prompt.lstrip())) > 1  # else it may be a text that begins so
+    return several or any(_MARKER.match(side) for side in sides)
 
 
 def _has_sharegpt(value: object) -> bool:
@@ -226,6 +231,15 @@ def _layout(record: dict) -> str | None:
         if name is not None:
             return name
     return None
+
+
+# Columns of scores of the chosen and of the rejected side, as files of the field name them.
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
 
 
 def _check_scores(chosen: object, rejected: object) -> None:
@@ -328,8 +342,22 @@ def _finished(turns: tuple[Turn, ...], replies: dict[str, str]) -> Prompt:
 def _read_columns(layout: str) -> set[str]:
     """The columns that are read of a record of this layout, or compared with what is read."""
     needed = dict(_COLUMNS).get(layout, SIDES)  # a transcript has the columns of pairs
-    scores = ("score_A", "score_B") if layout == "human-ref" else ("score_chosen", "score_rejected")
+    scores = ("score_A", "score_B") if layout == "human-ref" else [name for names in _SCORES for name in names]
     return {"prompt", *needed, *scores, *_SYSTEM, *_COPIES}
+
+
+_MESSAGE = ("role", "content", "from", "value")
+
+
+def _unread(layout: str, record: dict) -> Iterator[str]:
+    """Names of what a record holds beside what is read: columns, and keys of messages."""
+    read = _read_columns(layout)
+    for name, value in record.items():
+        if name not in read and _filled(value):
+            yield name
+        messages = value if isinstance(value, list) else [value]
+        for message in (m for m in messages if name in read and isinstance(m, dict)):
+            yield from (f"{name}[].{key}" for key, held in message.items() if key not in _MESSAGE and _filled(held))
 
 
 def _check_columns(layout: str, record: dict) -> None:
@@ -358,7 +386,8 @@ def _row_of(layout: str, record: dict) -> dict:
     turns, replies = _joined(prompt, {"chosen": chosen, "rejected": rejected}, record)
     row = {"prompt": _finished(turns, replies), **replies}
     _check_copies(record, turns, replies["chosen"])
-    _check_scores(record.get("score_chosen"), record.get("score_rejected"))
+    for names in _SCORES:
+        _check_scores(*map(record.get, names))
     _check_different(**replies)
     return row
 
@@ -432,8 +461,7 @@ def _reading(source: str, entries: Iterable[Entry]) -> Reading:
             if layout is None:
                 raise Unusable("columns of no known layout", ", ".join(map(brief, record)))
             layouts[layout] = None
-            read = _read_columns(layout)
-            unread |= {name: None for name, value in record.items() if name not in read and _filled(value)}
+            unread |= dict.fromkeys(_unread(layout, record))
             if layout == "unpaired":
                 prompt, text, label = _completion_of(record)
                 completions.setdefault(prompt, ([], []))[label].append(_Completion(at, where, text))
@@ -450,7 +478,15 @@ def _reading(source: str, entries: Iterable[Entry]) -> Reading:
     left_out = [outcome for _, outcome in outcomes if isinstance(outcome, LeftOut)]
     if not pairs:
         raise _no_pair(source, records, left_out)
-    return Reading(", ".join(layouts), records, pairs, left_out, records - len(left_out), tuple(unread))
+    return Reading(
+        ", ".join(layouts),
+        records,
+        pairs,
+        left_out,
+        records - len(left_out),
+        tuple(unread),
+        sources.passed_over(source),
+    )
 
 
 def read(source: str, content: str | None = None) -> Reading:

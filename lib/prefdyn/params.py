@@ -10,7 +10,7 @@ import difflib
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import PurePath
 from typing import Any, Literal
@@ -239,6 +239,8 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
             problems.append(f"{name}: given {value!r} ({type(value).__name__}){reason}; allowed: {_allowed(name)}")
     if problems:
         raise ParameterError("\n  ".join(["these parameters cannot be used:", *dict.fromkeys(problems)]))
+    if idle := list(_idle(result, chosen)):
+        raise ParameterError("\n  ".join(["these parameters would do nothing here:", *idle]))
     if profile == "paper" and (result.model == "scratch" or result.dataset == "world"):
         raise ParameterError(
             "profile: 'paper' measures a real checkpoint on real preferences; give `model` (a folder or a name on "
@@ -247,6 +249,27 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
     if result.sft_steps == 0 and result.model == "scratch":
         raise ParameterError("sft_steps: given 0 (int); a model from scratch has to learn first; allowed: 1 or more")
     return result
+
+
+WORLD_ALONE = ("label_noise", "demonstrations")
+SCRATCH_ALONE = ("vocab_size", "layers", "width", "heads")
+
+
+def _idle(p: Parameters, given: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about values that were given and that nothing would read with the others."""
+    reasons = (
+        (WORLD_ALONE, p.dataset != "world", f"only the world has it, and dataset={p.dataset!r}"),
+        (SCRATCH_ALONE, p.model != "scratch", f"a model from scratch alone has it, and model={p.model!r}"),
+        (
+            ("target_prompts", "target_decoding"),
+            p.target_responses == "chosen",
+            "chosen responses have neither other prompts nor a decoding",
+        ),
+    )
+    for names, idle, why in reasons:
+        for name in names:
+            if idle and name in given:
+                yield f"{name}: given {given[name]!r}; {why}; allowed here: None, from the profile"
 
 
 def command(p: Parameters, chapter: str, known: Iterable[str]) -> str:
@@ -281,7 +304,33 @@ def _assigned(source: str) -> list[str] | None:
     return names
 
 
-History = Sequence[list[str] | None]  # for each cell that was executed, what `_assigned` says of it
+def _bound(source: str) -> set[str]:
+    """The names that a cell gives a value to outside of functions and classes, by whatever statements."""
+    try:
+        todo: list[ast.AST] = list(ast.parse(source).body)
+    except (SyntaxError, ValueError):
+        return set()
+    names = set()
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        todo += ast.iter_child_nodes(node)
+    return names
+
+
+def _told(source: str) -> list[str] | None:
+    """What `_assigned` says of a cell; of one that does other things too, the parameters that it gives a value to.
+
+    None where it gives none. The others among its names are no faults: they may be steps on the way to a parameter.
+    """
+    names = _assigned(source)
+    return names if names is not None else sorted(_bound(source) & Parameters.model_fields.keys()) or None
+
+
+History = Sequence[list[str] | None]  # for each cell that was executed, what `_told` says of it
 
 
 def _following(history: History, at: int) -> list[list[str]]:
@@ -311,14 +360,14 @@ def _parameters_cell(history: History) -> int | None:
 def read_cells(cells: Sequence[str], namespace: Mapping[str, Any]) -> Parameters:
     """Parameters of a notebook: the values that the names of its parameters cell have now.
 
-    Cells of nothing but assignments that directly follow the parameters cell may assign its names alone. In a notebook
-    without such a cell, one that assigns `profile`, every cell of nothing but assignments counts that assigns a
-    parameter, and the profile is the preset one.
+    The parameters cell assigns `profile`, whatever else it does. Cells of nothing but assignments that directly follow
+    it may assign its names alone. In a notebook without such a cell every cell counts that assigns a parameter, and the
+    profile is the preset one.
 
     Args: cells, the sources of those that were executed so far, the one that asks included, last; namespace, what names
     stand for now. Raises ParameterError.
     """
-    history, fields = [_assigned(source) for source in cells[:-1]], Parameters.model_fields
+    history, fields = [_told(source) for source in cells[:-1]], Parameters.model_fields
     last = _parameters_cell(history)
     earlier: list[str] = []
     known = None if last is None else history[last]

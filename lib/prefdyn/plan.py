@@ -62,7 +62,8 @@ def _fingerprint(source: str, state: tuple) -> str:
 def _state(source: str) -> tuple:
     """What tells, without reading, that the files of a source have changed; () for the hub."""
     path = Path(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    inside = path.iterdir() if path.is_dir() else [path]
+    files = sorted(file for file in inside if file.is_file())
     return tuple((str(file), known.st_size, known.st_mtime_ns) for file in files for known in [file.stat()])
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from . import chat
 from .data import Batch
 from .faithful import faithful, plain_embeddings
 
@@ -245,6 +246,13 @@ def _vocabulary_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         for name, i in (("padding", tokenizer.pad_token_id), ("end of text", tokenizer.eos_token_id))
         if i >= rows
     ]
+    rendered = {*chat.prompt_ids(tokenizer, ["a"])[0], *chat.response_ids(tokenizer, ["a"])[0]}
+    if lacking := sorted(i for i in rendered if i >= rows):
+        named = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(lacking)))
+        problems.append(
+            f"its chat template uses {named}, and there are {rows} embeddings and none for that; "
+            "resize_token_embeddings, and train them"
+        )
     if beyond:
         problems.append(
             f"its tokenizer has {len(beyond)} tokens with ids from {beyond[0]} on, and there are {rows} embeddings; "

@@ -76,6 +76,15 @@ def _files(source: str) -> list[Path]:
     return [path]
 
 
+def passed_over(source: str) -> tuple[str, ...]:
+    """Files in a folder of data that are not read, and folders in it with a slash; hidden ones do not count."""
+    path = Path(source)
+    if not path.is_dir():
+        return ()
+    others = [file for file in path.iterdir() if not file.name.startswith(".") and not is_data_file(file)]
+    return tuple(sorted(f"{file.name}/" if file.is_dir() else file.name for file in others))
+
+
 def _load(source: str) -> tuple[str, list[tuple[str, bytes]]]:
     """The fingerprint of a local source, and its files (name, bytes): what is parsed is what was hashed."""
     try:
@@ -242,7 +251,10 @@ def _rows(raw: bytes, name: str) -> Iterator[tuple[str, object]]:
     """The rows of a parquet file as plain Python. Raises DataError if it is damaged."""
     number = 0
     try:
-        for batch in parquet.ParquetFile(io.BytesIO(raw), page_checksum_verification=True).iter_batches():
+        table = parquet.ParquetFile(io.BytesIO(raw), page_checksum_verification=True)
+        if twice := [column for column, n in Counter(table.schema_arrow.names).items() if n > 1]:
+            raise DataError(f"dataset: {name!r} has the column {twice[0]!r} twice")
+        for batch in table.iter_batches():
             for row in _plain(batch):
                 number += 1
                 yield f"record {number}", row

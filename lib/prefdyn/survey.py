@@ -22,6 +22,7 @@ def content(reading: Reading) -> list[tuple[str, str]]:
     return [
         ("layout", reading.layout),
         ("columns not read", ", ".join(reading.unread) or "none"),
+        *([("files not read", ", ".join(reading.passed_over))] if reading.passed_over else []),
         ("records", str(reading.records)),
         *((f"left out: {reason}", str(n)) for reason, n in count(reading.left_out).items()),
         ("pairs", str(len(reading.pairs))),
