@@ -189,6 +189,7 @@ def test_provenance_names_parameters_versions_and_runs(shown, tmp_path):
         (tmp_path / key).mkdir()
         kept = {"versions": {"torch": "2.x"}, "hardware": hardware, "seconds": 4.0}
         (tmp_path / key / "provenance.json").write_text(json.dumps(kept))
+        (tmp_path / key / "spec.json").write_text(json.dumps({"method": "central"} if key == "dpo-2" else {}))
         made.append(Run(key, tmp_path / key))
     page.provenance([*made, made[0]], check({"beta": 0.25}))
     ((data, _),) = shown
@@ -198,6 +199,7 @@ def test_provenance_names_parameters_versions_and_runs(shown, tmp_path):
         "Linux x86_64, CPU, 1 thread(s) a run",
         "2, computed in 8 s",
         "sft-1, dpo-2",
+        "G measured by | central differences",
     ):
         assert expected in data["text/plain"]
 

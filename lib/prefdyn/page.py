@@ -154,7 +154,7 @@ def _shade(token: str, value: float, most: float) -> str:
 
 
 def provenance(runs: Iterable[Run], parameters: Any) -> None:
-    """Display what a chapter's results come from: parameters, package versions, runs and their time."""
+    """Display what a chapter's results come from: parameters, packages, runs and their time, how G was measured."""
     runs = list({run.key: run for run in runs}.values())
     known = [run.json("provenance") for run in runs]
     versions = known[0]["versions"]
@@ -163,6 +163,8 @@ def provenance(runs: Iterable[Run], parameters: Any) -> None:
         f"{k['hardware']['threads']} thread(s) a run"
         for k in known
     }
+    ways = {"forward": "forward mode", "central": "central differences"}
+    measured = {ways[spec["method"]] for run in runs if "method" in (spec := run.json("spec"))}
     rows = [
         ("parameters", ", ".join(f"{k}={v!r}" for k, v in parameters.model_dump().items() if k != "dataset")),
         ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
@@ -170,6 +172,7 @@ def provenance(runs: Iterable[Run], parameters: Any) -> None:
         ("runs", f"{len(runs)}, computed in {sum(k['seconds'] for k in known):.0f} s of one process"),
         ("keys", ", ".join(run.key for run in runs)),
     ]
+    rows += [("G measured by", ", ".join(sorted(measured)))] if measured else []
     texts({"": name, "of these results": value} for name, value in rows)
 
 
