@@ -165,8 +165,9 @@ def provenance(runs: Iterable[Run], parameters: Any) -> None:
     }
     ways = {"forward": "forward mode", "central": "central differences"}
     measured = {ways[spec["method"]] for run in runs if "method" in (spec := run.json("spec"))}
+    left_out = {"dataset", *parameters.idle()}  # where a file lies is nobody's business, and the others had no part
     rows = [
-        ("parameters", ", ".join(f"{k}={v!r}" for k, v in parameters.model_dump().items() if k != "dataset")),
+        ("parameters", ", ".join(f"{k}={v!r}" for k, v in parameters.model_dump().items() if k not in left_out)),
         ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("hardware", "; ".join(sorted(hardware))),
         ("runs", f"{len(runs)}, computed in {sum(k['seconds'] for k in known):.0f} s of one process"),

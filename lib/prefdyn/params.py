@@ -10,7 +10,7 @@ import difflib
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import PurePath
 from typing import Any, Literal
@@ -111,6 +111,20 @@ class Parameters(BaseModel):
         description="auto: forward mode where it works, else central differences"
     )
     today: str = Field(description="the day that a chat template which asks for the date is told, YYYY-MM-DD")
+
+    def idle(self) -> dict[str, str]:
+        """The parameters that nothing reads with the values of the others, and why."""
+        reasons = {}
+        if self.dataset != "world":
+            why = f"only the world has it, and dataset={self.dataset!r}"
+            reasons |= dict.fromkeys(("label_noise", "demonstrations"), why)
+        if self.model != "scratch":
+            why = f"a model from scratch alone has it, and model={self.model!r}"
+            reasons |= dict.fromkeys(("vocab_size", "layers", "width", "heads"), why)
+        if self.target_responses == "chosen":
+            why = "chosen responses have neither other prompts nor a decoding"
+            reasons |= dict.fromkeys(("target_prompts", "target_decoding"), why)
+        return reasons
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -239,8 +253,9 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
             problems.append(f"{name}: given {value!r} ({type(value).__name__}){reason}; allowed: {_allowed(name)}")
     if problems:
         raise ParameterError("\n  ".join(["these parameters cannot be used:", *dict.fromkeys(problems)]))
-    if idle := list(_idle(result, chosen)):
-        raise ParameterError("\n  ".join(["these parameters would do nothing here:", *idle]))
+    if idle := {name: why for name, why in result.idle().items() if name in chosen}:
+        lines = (f"{name}: given {chosen[name]!r}; {why}; allowed here: None" for name, why in idle.items())
+        raise ParameterError("\n  ".join(["these parameters would do nothing here:", *lines]))
     if profile == "paper" and (result.model == "scratch" or result.dataset == "world"):
         raise ParameterError(
             "profile: 'paper' measures a real checkpoint on real preferences; give `model` (a folder or a name on "
@@ -249,27 +264,6 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
     if result.sft_steps == 0 and result.model == "scratch":
         raise ParameterError("sft_steps: given 0 (int); a model from scratch has to learn first; allowed: 1 or more")
     return result
-
-
-WORLD_ALONE = ("label_noise", "demonstrations")
-SCRATCH_ALONE = ("vocab_size", "layers", "width", "heads")
-
-
-def _idle(p: Parameters, given: Mapping[str, Any]) -> Iterator[str]:
-    """Lines about values that were given and that nothing would read with the others."""
-    reasons = (
-        (WORLD_ALONE, p.dataset != "world", f"only the world has it, and dataset={p.dataset!r}"),
-        (SCRATCH_ALONE, p.model != "scratch", f"a model from scratch alone has it, and model={p.model!r}"),
-        (
-            ("target_prompts", "target_decoding"),
-            p.target_responses == "chosen",
-            "chosen responses have neither other prompts nor a decoding",
-        ),
-    )
-    for names, idle, why in reasons:
-        for name in names:
-            if idle and name in given:
-                yield f"{name}: given {given[name]!r}; {why}; allowed here: None, from the profile"
 
 
 def command(p: Parameters, chapter: str, known: Iterable[str]) -> str:
