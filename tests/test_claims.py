@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import claims, controls, evidence, plan
-from prefdyn.claims import RULES, Finding, apply_rule, apply_rules, ledger, verdict
+from prefdyn import claims, controls, evidence, plan, sensitivity
+from prefdyn.claims import RULES, Finding, apply_rule, ledger, verdict
 from prefdyn.params import check
 from prefdyn.runs import RunStore
+from prefdyn.sensitivity import apply_rules
 
 SEEDS, STEPS = (0, 1, 2), (0, 2, 5, 9, 14)
 JITTER = {0: -0.01, 1: 0.0, 2: 0.01}  # so that intervals have a width
@@ -293,35 +294,35 @@ def test_other_parameters_find_no_runs_of_these(store):
 
 def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
     """beta changes DPO alone: two measurements; the rules on halves need more training and stay unjudged."""
-    specs = claims.sensitivity_runs(P, "beta")
-    assert [s.run for s in specs] == [plan.dpo_run(claims.alternative(P, "beta"), s) for s in P.seeds]
-    assert claims.alternative(P, "beta").beta == pytest.approx(0.3)
+    specs = sensitivity.sensitivity_runs(P, "beta")
+    assert [s.run for s in specs] == [plan.dpo_run(sensitivity.alternative(P, "beta"), s) for s in P.seeds]
+    assert sensitivity.alternative(P, "beta").beta == pytest.approx(0.3)
     assert all(s.size == P.choice_probe and not s.aware for s in specs)
-    assert all(f.verdict == "not run" for f in claims.sensitivity(store, P, "beta"))
+    assert all(f.verdict == "not run" for f in sensitivity.sensitivity(store, P, "beta"))
     store.ensure(specs, workers=1)
-    found = {f.rule.name: f.verdict for f in claims.sensitivity(store, P, "beta")}
+    found = {f.rule.name: f.verdict for f in sensitivity.sensitivity(store, P, "beta")}
     base = {f.rule.name: f.evidence for f in apply_rules(store, P)}
-    changed = {f.rule.name: f.evidence for f in claims.sensitivity(store, P, "beta")}
+    changed = {f.rule.name: f.evidence for f in sensitivity.sensitivity(store, P, "beta")}
     assert base["C1a"] != 0 and changed["C1a"] != base["C1a"]
-    again = {f.rule.name: f.evidence for f in claims.sensitivity(store, P, "kl")}
+    again = {f.rule.name: f.evidence for f in sensitivity.sensitivity(store, P, "kl")}
     assert again["C1a"] == base["C1a"]  # DPO knows nothing of PPO's coefficient
     assert {n for n, v in found.items() if v != "not run"} == {"C1a", "C3a", "C3b", "C4a", "C4b"}  # raw G alone
 
 
 def test_alternatives_change_one_setting_each():
-    for name, (label, _, _) in claims.ALTERNATIVES.items():
-        changed = claims.alternative(P, name)
+    for name, (label, _, _) in sensitivity.ALTERNATIVES.items():
+        changed = sensitivity.alternative(P, name)
         given = {k for k, v in changed.model_dump().items() if getattr(P, k) != v}
         assert given and len(given) <= 2, name
         assert check(changed.model_dump()) == changed and label
-    methods = {name: {s.run.kind for s in claims.sensitivity_runs(P, name)} for name in claims.ALTERNATIVES}
+    methods = {name: {s.run.kind for s in sensitivity.sensitivity_runs(P, name)} for name in sensitivity.ALTERNATIVES}
     both = {"dpo", "ppo"}
     assert methods == {
         "probe": {"dpo"}, "seeds": both, "beta": {"dpo"}, "kl": {"ppo"}, "lr": {"dpo"}, "ppo_lr": {"ppo"},
         "noise": {"dpo"}, "width": {"dpo"}, "decoding": {"dpo"}, "prompts": {"dpo"}, "reduction": {"dpo"},
     }  # fmt: skip
     with pytest.raises(ValueError, match="alternative 'weather': there is none; there are: probe, seeds, beta"):
-        claims.alternative(P, "weather")
+        sensitivity.alternative(P, "weather")
 
 
 def test_variants_are_found_beside_their_plain_method():

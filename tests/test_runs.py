@@ -1,6 +1,5 @@
 """The run store: nothing twice, nothing stale, nothing broken, nothing lost."""
 
-import ast
 import errno
 import fcntl
 import functools
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from prefdyn import alignment, claims, controls, measure, plan, policy, recipes, runs, train, world
+from prefdyn import alignment, claims, controls, fingerprint, measure, plan, policy, recipes, runs, train, world
 from prefdyn.params import check
 from prefdyn.runs import RunError, RunStore, code_fingerprint
 from pydantic import BaseModel
@@ -162,15 +161,45 @@ def test_the_fingerprint_changes_with_code_that_is_reached_and_nothing_else(pack
 
 
 def test_results_do_not_depend_on_the_code_of_store_pages_or_command_line():
-    reached, todo = set(), ["measure"]
-    while todo:
-        name = todo.pop()
-        if name not in reached:
-            reached.add(name)
-            source = Path(importlib.util.find_spec(f"prefdyn.{name}").origin).read_text(encoding="utf-8")
-            todo += runs._siblings(ast.parse(source))
+    reached = {name.rpartition(".")[2] for name in fingerprint._reached("prefdyn.measure")}
     assert reached >= {"measure", "recipes", "train", "alignment", "controls", "objectives", "policy", "data", "world"}
     assert not reached & {"runs", "page", "plots", "cli", "params", "plan", "stats"}
+
+
+FLOORS = {
+    "low/bottom": "def f(x):\n    return x + 1\n\n\ndef g(x):\n    return x - 1\n",
+    "low/apart": "def h(x):\n    return x\n",
+    "low/__init__": '"""A floor."""\n\nfrom .apart import h\nfrom .bottom import f\n',
+    "high/top": "from ..low import bottom\nfrom ..low.bottom import f\n\n\ndef top(x):\n    return f(bottom.g(x))\n",
+    "high/__init__": "",
+    "__init__": "",
+}
+
+
+def test_the_fingerprint_follows_sub_packages(tmp_path, monkeypatch):
+    """What a floor's list of names imports is not reached through it; a function that moves between modules is seen."""
+    folder = tmp_path / "floors_package"
+    for name, source in FLOORS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def now() -> str:
+        code_fingerprint.cache_clear()
+        importlib.invalidate_caches()
+        return code_fingerprint("floors_package.high.top")
+
+    first = now()
+    (folder / "low/apart.py").write_text("def h(x):\n    return -x\n")
+    (folder / "low/__init__.py").write_text("")
+    assert now() == first
+    (folder / "low/bottom.py").write_text(FLOORS["low/bottom"].replace("x + 1", "x + 2"))
+    changed = now()
+    assert changed != first
+    (folder / "low/bottom.py").write_text("from .moved import f\n\n\ndef g(x):\n    return x - 1\n")
+    (folder / "low/moved.py").write_text("def f(x):\n    return x + 2\n")
+    assert now() not in (first, changed)
+    code_fingerprint.cache_clear()
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Controlled variants by name: what they scale and when, and what cannot be asked for."""
 
 import pytest
-from prefdyn import claims, controls, plan, profiles, variants
+from prefdyn import controls, plan, profiles, sensitivity, variants
 from prefdyn.params import ParameterError, check
 
 P = check({"profile": "smoke", "floor": 0.25, "switch_at": 0.5, "negative_scale": 0.3})
@@ -60,7 +60,7 @@ def test_a_hard_switch_changes_from_one_update_to_the_next():
 
 def test_every_variant_can_be_asked_for_and_every_name_is_a_variant():
     assert {name for group in variants.VARIANTS.values() for name in group} == set(profiles.VARIANTS)
-    assert tuple(claims.ALTERNATIVES) == profiles.ALTERNATIVES
+    assert tuple(sensitivity.ALTERNATIVES) == profiles.ALTERNATIVES
     assert sum(variants.names(P, m) == list(variants.VARIANTS[m]) for m in ("dpo", "ppo")) == 2
     some = check({"profile": "smoke", "variants": "late, shift"})
     assert (variants.names(some, "dpo"), variants.names(some, "ppo")) == (["shift"], ["late"])

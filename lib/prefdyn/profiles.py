@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# names of `variants.VARIANTS` and of `claims.ALTERNATIVES`
+# names of `variants.VARIANTS` and of `sensitivity.ALTERNATIVES`
 VARIANTS = (
     "shift",
     "switch",

@@ -8,14 +8,12 @@ loaded library is in none of these: it is refused, but for values that a spec ca
 `carries`, e.g. {"world.SKILLS"}).
 """
 
-import ast
 import contextlib
 import errno
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import multiprocessing
@@ -30,7 +28,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -39,206 +36,19 @@ from filelock import FileLock, SoftFileLock
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from .fingerprint import RunError, code_fingerprint, refuse_changes
+
 NUMERIC_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 MANIFEST = "manifest.json"
 WORTH_A_PROCESS = 40_000  # sequences; below, starting another process takes longer than it saves
-OPEN = ("world",)  # modules that a reader may be tempted to change by more than a constant
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 LEAST_ROOM = 2**20  # bytes; with less, whatever fails to be written fails for want of room
-
-
-class RunError(ValueError):
-    """Why runs cannot be kept or told apart, and what to do about it."""
 
 
 def project_root() -> Path:
     """The folder of the book that holds the current folder, or else the current folder."""
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "lib" / "prefdyn").is_dir()), here)
-
-
-def _without_docstrings(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-            first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
-    return tree
-
-
-def _siblings(tree: ast.AST) -> set[str]:
-    """Names of the modules of the same package that a module imports: `from . import a`, `from .b import c`.
-
-    Imports under `if TYPE_CHECKING:` do not count: nothing runs through them.
-    """
-    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    typing_only = {id(n) for guard in guards for statement in guard.body for n in ast.walk(statement)}
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and id(n) not in typing_only]
-    return {n.module for n in nodes if n.module} | {a.name for n in nodes if not n.module for a in n.names}
-
-
-# Read when the code is loaded, not when it is first asked for: an edit in between belongs to the next process.
-_LOADED = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
-
-
-def _source(package: str, name: str) -> str:
-    """Source of a module, for our own package as it was when this process started."""
-    if package == __package__:
-        return _LOADED[name]
-    return Path(importlib.util.find_spec(f"{package}.{name}").origin).read_text(encoding="utf-8")
-
-
-def _reached(module: str) -> dict[str, ast.Module]:
-    """The code of `module` (e.g. "prefdyn.recipes") and of all modules of its package that it reaches by imports."""
-    package, _, name = module.rpartition(".")
-    trees: dict[str, ast.Module] = {}
-    todo = [name]
-    while todo:
-        name = todo.pop()
-        if name not in trees:
-            trees[name] = ast.parse(_source(package, name))
-            todo += _siblings(trees[name])
-    return {name: trees[name] for name in sorted(trees)}
-
-
-@functools.cache
-def code_fingerprint(module: str) -> str:
-    """Hash of the code that `module` reaches. Comments, layout and docstrings do not count."""
-    digest = hashlib.sha256()
-    for name, tree in _reached(module).items():
-        digest.update(f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode())
-    return digest.hexdigest()
-
-
-def _constants(tree: ast.Module) -> dict[str, ast.expr]:
-    """What a module's code assigns to names of its own, at the top: name to expression."""
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    pairs = zip(target.elts, node.value.elts, strict=False)
-                else:
-                    pairs = [(target, node.value)]
-                found |= {name.id: value for name, value in pairs if isinstance(name, ast.Name)}
-    return found
-
-
-@functools.cache
-def _literals(module: str) -> dict[tuple[str, str], str]:
-    """Constants that the code of `module` reaches and that are stated as literals: (module, name) to how it is shown.
-
-    Shown, because equality forgives what is no detail to a result: the order of a table, 1 for True.
-    """
-    found = {}
-    for name, tree in _reached(module).items():
-        for constant, value in _constants(tree).items():
-            with contextlib.suppress(ValueError, TypeError):
-                found[f"{module.rpartition('.')[0]}.{name}", constant] = repr(ast.literal_eval(value))
-    return found
-
-
-@functools.cache
-def _derived(module: str) -> dict[tuple[str, str], str]:
-    """The same for constants that are computed, e.g. from literals: computed again, as long as these are unchanged.
-
-    Not those whose look tells nothing of their value, such as functions.
-    """
-    found = {}
-    for name, tree in _reached(module).items():
-        path = f"{module.rpartition('.')[0]}.{name}"
-        for constant, value in _constants(tree).items():
-            if path in sys.modules and (path, constant) not in _literals(module):
-                with contextlib.suppress(Exception):  # what cannot be computed again is no constant
-                    code = compile(ast.Expression(value), path, "eval")
-                    if " at 0x" not in (shown := repr(eval(code, vars(sys.modules[path])))):
-                        found[path, constant] = shown
-    return found
-
-
-def _differing(constants: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]:
-    """Which constants are shown otherwise by the modules as they are loaded."""
-    loaded = {path: sys.modules.get(path) for path, _ in constants}
-    return {
-        (path, name)
-        for (path, name), shown in constants.items()
-        if loaded[path] and repr(getattr(loaded[path], name, None)) != shown
-    }
-
-
-def _is_own(module: ModuleType, node: ast.stmt) -> bool:
-    """Whether a module's function or class is the one that its code defines."""
-    value = getattr(module, node.name, None)
-    if isinstance(node, ast.ClassDef):
-        return isinstance(value, type) and (value.__module__, value.__qualname__) == (module.__name__, node.name)
-    code = getattr(inspect.unwrap(value) if node.decorator_list and value else value, "__code__", None)
-    return code is not None and (code.co_filename, code.co_name) == (module.__file__, node.name)
-
-
-@functools.cache
-def _definitions(module: str) -> list[tuple[str, ast.stmt]]:
-    """Functions and classes of the OPEN modules that the code of `module` reaches: (module, definition)."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [
-        (f"{module.rpartition('.')[0]}.{name}", node)
-        for name, tree in _reached(module).items()
-        if name in OPEN
-        for node in tree.body
-        if isinstance(node, kinds)
-    ]
-
-
-def _changed(module: str) -> set[tuple[str, str]]:
-    """What a notebook has changed in the code that `module` reaches, as it is loaded: (module, name)."""
-    loaded = [(path, node) for path, node in _definitions(module) if path in sys.modules]
-    replaced = {(path, node.name) for path, node in loaded if not _is_own(sys.modules[path], node)}
-    return (_differing(_literals(module)) | replaced) or _differing(_derived(module))
-
-
-def _models(value: Any) -> Iterator[BaseModel]:
-    """All models in a value, itself included."""
-    if isinstance(value, BaseModel):
-        yield value
-        value = vars(value)
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _models(part)
-
-
-def _carried(spec: BaseModel) -> set[str]:
-    """What a spec carries of the library's values, in itself and in its parents, e.g. {"world.SKILLS"}."""
-    own = {name for model in _models(spec) for name in getattr(type(model), "carries", ())}
-    return own.union(*map(_carried, spec.parents()))
-
-
-def _refuse_changes(spec: BaseModel) -> None:
-    """Raise RunError if the code that a spec reaches is not loaded as it is written, but for what the spec carries."""
-    module = type(spec).__module__
-    if "." not in module:
-        raise RunError(
-            f"{type(spec).__name__}: is defined in a notebook, which no key can name; put it into a module of a package"
-        )
-    if torch.get_default_dtype() != torch.float32:
-        raise RunError(
-            f"torch's default dtype is {torch.get_default_dtype()}, and runs are kept as of float32: call "
-            "torch.set_default_dtype(torch.float32)"
-        )
-    changed = _changed(module)
-    if not changed:
-        return
-    files = {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}
-    if names := sorted(files.keys() - _carried(spec)):
-        where = ", ".join(sorted({Path(files[name]).name for name in names}))
-        raise RunError(
-            f"{', '.join(names)}: not as the library's code has it. Runs are kept under that code, and other processes "
-            f"compute with it: set it back, or change it in {where} and restart the kernel"
-        )
 
 
 @contextlib.contextmanager
@@ -317,7 +127,7 @@ class RunStore:
 
         Raises RunError if the code is not loaded as it is written: no key would tell.
         """
-        _refuse_changes(spec)
+        refuse_changes(spec)
         identity = {
             "spec": spec.model_dump(mode="json", context="identity"),  # without where files are that it hashes
             "code": code_fingerprint(type(spec).__module__),

@@ -1,0 +1,92 @@
+"""Rules judged on the runs of some parameters, and with one parameter changed at a time; nothing is computed."""
+
+from collections.abc import Callable, Iterable
+
+import pandas as pd
+
+from .claims import RULES, Finding, Rule, apply_rule
+from .evidence import TABLES, NotRun, measured
+from .params import ParameterError, Parameters
+from .runs import RunStore
+
+
+def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> list[Finding]:
+    """Judge rules on the runs that the store has for the parameters; nothing is computed.
+
+    Raises ValueError for a rule whose table is none of TABLES, or lacks a column.
+    """
+    tables: dict[str, pd.DataFrame | Exception] = {}
+    findings = []
+    for rule in rules:
+        if rule.table not in TABLES:
+            raise ValueError(f"rule {rule.name}: there is no table {rule.table!r}; there are: {', '.join(TABLES)}")
+        if rule.table not in tables:
+            try:
+                tables[rule.table] = TABLES[rule.table](store, p)
+            except (NotRun, ParameterError) as missing:  # a variant may be impossible with these parameters
+                tables[rule.table] = missing
+        table = tables[rule.table]
+        if isinstance(table, Exception):
+            findings.append(Finding(rule, None, "not run", str(table)))
+        else:
+            findings.append(apply_rule(rule, table))
+    return findings
+
+
+def _world(p: Parameters, changed: dict) -> dict:
+    """What is changed in the world and changes nothing in a file."""
+    return changed if p.dataset == "world" else {}
+
+
+def _half_the_width(p: Parameters) -> dict:
+    """Where the model is made here and heads allow it."""
+    return {"width": p.width // 2} if p.model == "scratch" and p.width // 2 % (2 * p.heads) == 0 else {}
+
+
+BOTH = ("dpo", "ppo")
+# Settings of the sensitivity table, one change at a time: how it is called, what is changed, and whose G is measured.
+ALTERNATIVES: dict[str, tuple[str, Callable[[Parameters], dict], tuple[str, ...]]] = {
+    "probe": ("smaller probe", lambda p: {k: p.choice_probe for k in ("probe", "ppo_probe")}, BOTH),
+    "seeds": ("other seeds", lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]}, BOTH),
+    "beta": ("beta x 3", lambda p: {"beta": 3 * p.beta}, ("dpo",)),
+    "kl": ("KL coefficient x 4", lambda p: {k: 4 * getattr(p, k) for k in ("kl_coefficient", "learned_kl")}, ("ppo",)),
+    "lr": ("DPO's learning rate x 3", lambda p: {"lr": 3 * p.lr}, ("dpo",)),
+    "ppo_lr": ("PPO's learning rate x 3", lambda p: {"ppo_lr": 3 * p.ppo_lr}, ("ppo",)),
+    "noise": ("more wrong labels", lambda p: _world(p, {"label_noise": min(0.5, p.label_noise + 0.2)}), BOTH),
+    "width": ("half the width", _half_the_width, ("dpo",)),
+    "decoding": ("D' sampled", lambda p: {"target_decoding": "sampled"}, ("dpo",)),
+    "prompts": ("D' on training prompts", lambda p: {"target_prompts": "train"}, ("dpo",)),
+    "reduction": ("D' mean over tokens", lambda p: {"target_reduction": "mean"}, ("dpo",)),
+}
+
+
+def alternative(p: Parameters, name: str) -> Parameters:
+    """The parameters with one setting changed. Raises ValueError for another name than one of ALTERNATIVES."""
+    if name not in ALTERNATIVES:
+        raise ValueError(f"alternative {name!r}: there is none; there are: {', '.join(ALTERNATIVES)}")
+    return p.model_copy(update=ALTERNATIVES[name][1](p))
+
+
+def _smaller_probe(p: Parameters) -> Parameters:
+    return alternative(p, "probe")
+
+
+def sensitivity_runs(p: Parameters, name: str) -> list:
+    """What the sensitivity table computes of an alternative: raw G, on the smaller probe, of what it changes."""
+    changed, methods = alternative(p, name), ALTERNATIVES[name][2]
+    same = {spec.model_dump_json() for method in methods for spec in measured(p, method).values()}
+    return [
+        small
+        for method in methods
+        for spec, small in zip(
+            measured(changed, method).values(), measured(_smaller_probe(changed), method, False).values(), strict=True
+        )
+        if spec.model_dump_json() not in same
+    ]
+
+
+def sensitivity(store: RunStore, p: Parameters, name: str, rules: Iterable[Rule] = RULES) -> list[Finding]:
+    """Judge rules under an alternative, on whatever runs of it there are: with the full probe, else the smaller one."""
+    changed, rules = alternative(p, name), list(rules)
+    pairs = zip(apply_rules(store, changed, rules), apply_rules(store, _smaller_probe(changed), rules), strict=True)
+    return [small if whole.verdict == "not run" else whole for whole, small in pairs]
