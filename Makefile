@@ -63,13 +63,14 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
+	@lint-imports --no-cache > .imports.txt 2>&1 || { cat .imports.txt; rm -f .imports.txt; exit 1; }; grep -E 'KEPT' .imports.txt; rm -f .imports.txt
 	@shopt -s nullglob; files=(notebooks/*.ipynb); \
 	  if (( $${#files[@]} )); then nbstripout --keep-id --verify "$${files[@]}"; fi
 
 lock: | $(VENV)
 	@test -x "$(BIN)/uv" || "$(BIN)/python" -m pip install --quiet uv
 	@echo "$(TORCH)" > "$(VENV)/torch.txt"
-	uv pip compile --quiet --universal --no-header --no-annotate --upgrade --extra dev \
+	uv pip compile --quiet --universal --no-header --no-annotate --upgrade --extra book --extra dev \
 	  --constraint "$(VENV)/torch.txt" pyproject.toml -o "$(VENV)/all.txt"
 	@grep -Ev '$(NOT_LOCKED)' "$(VENV)/all.txt" > requirements.lock
 	@echo "requirements.lock: $$(grep -c == requirements.lock) packages"

@@ -31,8 +31,11 @@ from statistics import median
 
 import torch
 import transformers
-from prefdyn import alignment, controls, objectives, policy
-from prefdyn.data import Batch
+from prefdyn.lab import policy
+from prefdyn.lens import alignment, controls, likelihood
+from prefdyn.lens.batch import Batch
+from prefdyn.lens.weights import TokenWeights
+from prefdyn.methods import objectives
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -70,7 +73,7 @@ class Case:
     model: PreTrainedModel
     batch: Batch
     direction: alignment.Direction
-    weights: objectives.TokenWeights
+    weights: TokenWeights
 
     def components(self) -> list[torch.Tensor]:
         """Weights of the nine components: all, positive and negative learning on each third of pairs by omega."""
@@ -106,7 +109,7 @@ def make_case(size: Size, real_direction: bool = True) -> Case:
 @torch.no_grad()
 def forward(case: Case) -> torch.Tensor:
     """Log-probs of all tokens."""
-    return policy.token_logps(case.model, case.batch)
+    return likelihood.token_logps(case.model, case.batch)
 
 
 def forward_backward(case: Case) -> alignment.Direction:
@@ -129,7 +132,7 @@ def central(case: Case) -> torch.Tensor:
 def nine_backwards(case: Case) -> torch.Tensor:
     """One forward pass, then a backward pass for each component, and the inner product with d."""
     params, components, out = dict(case.model.named_parameters()), case.components(), []
-    logps = policy.token_logps(case.model, case.batch)
+    logps = likelihood.token_logps(case.model, case.batch)
     for i, w in enumerate(components, 1):
         grads = torch.autograd.grad((w * logps).sum(), list(params.values()), retain_graph=i < len(components))
         out.append(alignment.inner(dict(zip(params, grads, strict=True)), case.direction))
@@ -173,7 +176,7 @@ def a_few_tokens(case: Case) -> float:
     params = dict(case.model.named_parameters())
     tokens = case.batch.response.nonzero()
     start = time.perf_counter()
-    logps = policy.token_logps(case.model, case.batch)
+    logps = likelihood.token_logps(case.model, case.batch)
     middle = time.perf_counter()
     for row, col in tokens[:: len(tokens) // FEW][:FEW].tolist():
         grads = torch.autograd.grad(logps[row, col], list(params.values()), retain_graph=True)
@@ -231,7 +234,7 @@ def peak(name: str, method: str, threads: int) -> int:
 def peaks(name: str, threads: int, bar: tqdm) -> dict[str, int]:
     """`peak` of every method."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prefdyn.alignment"])
+    context.set_forkserver_preload(["prefdyn.lens.alignment"])
     out = {}
     with context.Pool(1, maxtasksperchild=1) as pool:
         for method in METHODS:

@@ -34,10 +34,13 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from alignment import BETA, PROMPT, RESPONSE, Size, arguments, environment, make_model, random_batch
-from prefdyn import objectives, params, plan, policy, ppo
-from prefdyn.data import Batch, concatenate
-from prefdyn.runs import RunStore
-from prefdyn.train import update
+from prefdyn.book import params, plan
+from prefdyn.lab import policy, ppo
+from prefdyn.lab.runs import RunStore
+from prefdyn.lab.train import update
+from prefdyn.lens import likelihood
+from prefdyn.lens.batch import Batch, concatenate
+from prefdyn.methods import objectives
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -108,7 +111,7 @@ def steps(objective: objectives.DPO | objectives.PPO, loss_of: Loss) -> dict[str
 def dpo_steps(model: PreTrainedModel, chosen: Batch, rejected: Batch) -> dict[str, Step]:
     """Steps of DPO; the reference is near the policy, so that margins are neither 0 nor large."""
     rng = torch.Generator().manual_seed(3)
-    exact = [policy.sequence_logps(model, side) for side in (chosen, rejected)]
+    exact = [likelihood.sequence_logps(model, side) for side in (chosen, rejected)]
     ref_chosen, ref_rejected = (logps + torch.randn(logps.shape, generator=rng) for logps in exact)
 
     def loss_of(logps: torch.Tensor) -> tuple[torch.Tensor, Logged]:
@@ -123,7 +126,7 @@ def ppo_steps(model: PreTrainedModel, rollouts: Batch) -> dict[str, Step]:
     """Steps of PPO with random advantages, from near the policy that sampled: most ratios are inside the clip."""
     rng = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        exact = policy.token_logps(model, rollouts)
+        exact = likelihood.token_logps(model, rollouts)
     old_logps = exact + 0.1 * torch.randn(exact.shape, generator=rng) * rollouts.response
     advantages = torch.randn(exact.shape, generator=rng) * rollouts.response
 

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import ablations, plan
-from prefdyn.params import check
-from prefdyn.runs import Run, RunStore
-from prefdyn.stats import Estimate
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.findings import ablations
+from prefdyn.findings.stats import Estimate
+from prefdyn.lab.runs import Run, RunStore
 
 SPEC = {"kind": "dpo", "beta": 0.1, "control": "full"}
 

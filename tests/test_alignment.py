@@ -5,10 +5,12 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from prefdyn import alignment, controls, objectives, policy
-from prefdyn.data import Batch, pad
-from prefdyn.faithful import faithful
-from prefdyn.policy import sequence_logps, token_logps
+from prefdyn.lab import policy
+from prefdyn.lens import alignment, controls, likelihood
+from prefdyn.lens.batch import Batch, pad
+from prefdyn.lens.faithful import faithful
+from prefdyn.lens.likelihood import sequence_logps, token_logps
+from prefdyn.methods import objectives
 from toys.models import ARCHITECTURES, VOCAB, Table, build, lift_float32, random_batch
 from transformers import AttentionInterface
 
@@ -382,9 +384,9 @@ def test_why_kernels_are_replaced(make):
 
 def test_log_probs_and_divergences_of_a_model_in_training_are_those_of_its_function():
     model, reference, batch = with_dropout(), build("gpt_neox", seed=1), random_batch(6)
-    found = sequence_logps(model, batch), *policy.entropy_and_kl(model, reference, batch)
+    found = sequence_logps(model, batch), *likelihood.entropy_and_kl(model, reference, batch)
     model.eval()
-    again = sequence_logps(model, batch), *policy.entropy_and_kl(model, reference, batch)
+    again = sequence_logps(model, batch), *likelihood.entropy_and_kl(model, reference, batch)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefdyn import alignment, policy, ppo
-from prefdyn.data import Batch, pad
+from prefdyn.lab import policy, ppo
+from prefdyn.lens import alignment, likelihood
+from prefdyn.lens.batch import Batch, pad
 from toys.models import FAMILIES, UNSUITABLE, VOCAB, build, lift_float32
 from transformers import AutoConfig
 
@@ -68,9 +69,11 @@ def needs(model) -> str:
 
 def padded_rows_are_as_if_alone(model) -> bool:
     """Padding on either side changes no log-prob."""
-    whole = {side: policy.token_logps(model, batch(side)).detach()[batch(side).response] for side in ("right", "left")}
+    whole = {
+        side: likelihood.token_logps(model, batch(side)).detach()[batch(side).response] for side in ("right", "left")
+    }
     rows = [batch().rows(slice(i, i + 1)) for i in range(len(batch()))]
-    alone = torch.cat([policy.token_logps(model, row).detach()[row.response] for row in rows])
+    alone = torch.cat([likelihood.token_logps(model, row).detach()[row.response] for row in rows])
     return all((logps - alone).abs().max() < 1e-4 for logps in whole.values())
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from prefdyn import claims, cli, page, params, plan, recipes
+from prefdyn.book import cli, page, params, plan
+from prefdyn.findings import claims
+from prefdyn.lab import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from prefdyn import chat, evaluate, policy
+from prefdyn.lab import chat, evaluate, policy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from toys.models import Table
 from transformers import PreTrainedTokenizerFast

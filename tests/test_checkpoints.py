@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from prefdyn import checkpoints, policy
-from prefdyn.checkpoints import hub_revision, identity, tokenizer_identity, unchanged
+from prefdyn.lab import checkpoints, policy
+from prefdyn.lab.checkpoints import hub_revision, identity, tokenizer_identity, unchanged
 from toys.models import tiny_policy
 
 IDENTITIES = (identity, tokenizer_identity)

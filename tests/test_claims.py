@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import claims, controls, evidence, plan, sensitivity
-from prefdyn.claims import RULES, Finding, apply_rule, ledger, verdict
-from prefdyn.params import check
-from prefdyn.runs import RunStore
-from prefdyn.sensitivity import apply_rules
+from prefdyn.book import evidence, plan, sensitivity
+from prefdyn.book.params import check
+from prefdyn.book.sensitivity import apply_rules
+from prefdyn.findings import claims
+from prefdyn.findings.claims import RULES, Finding, apply_rule, ledger, verdict
+from prefdyn.lab.runs import RunStore
+from prefdyn.lens import controls
 
 SEEDS, STEPS = (0, 1, 2), (0, 2, 5, 9, 14)
 JITTER = {0: -0.01, 1: 0.0, 2: 0.01}  # so that intervals have a width

@@ -11,9 +11,9 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from prefdyn import cli, params
-from prefdyn.cli import CommandError, parse_assignment
-from prefdyn.runs import RunStore
+from prefdyn.book import cli, params
+from prefdyn.book.cli import CommandError, parse_assignment
+from prefdyn.lab.runs import RunStore
 from toys.specs import Toy
 from typer.testing import CliRunner
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CELLS = [
     ("markdown", "# A tiny chapter\n\nSome text.", []),
     ("code", 'profile = "smoke"\nbeta = None\nseeds = None', ["parameters"]),
-    ("code", "import sys\n\nfrom prefdyn import page, params\n\np = params.read()", []),
+    ("code", "import sys\n\nfrom prefdyn.book import page, params\n\np = params.read()", []),
     ("code", 'print("half \\r done", file=sys.stderr)\npage.say("Beta is {b:.1f}.", b=p.beta)', []),
     ("code", 'if p.beta > 1:\n    raise RuntimeError("beta is too large for this chapter")', []),
 ]

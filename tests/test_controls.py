@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from prefdyn import controls, objectives
-from prefdyn.controls import Control, check_schedule, factor
-from prefdyn.objectives import TokenWeights
+from prefdyn.lens import controls
+from prefdyn.lens.controls import Control, check_schedule, factor
+from prefdyn.lens.weights import TokenWeights
+from prefdyn.methods import objectives
 
 # Three pairs of one-token responses, chosen rows first. Omegas 0.2, 0.9, 0.4; beta 1: w = +-omega / 3.
 OMEGA = torch.tensor([0.2, 0.9, 0.4])

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
-from prefdyn import account, chat, data, layouts, policy, world
-from prefdyn.account import Cut, Limits
-from prefdyn.data import Batch, DataError
+from prefdyn.lab import account, chat, data, layouts, policy, world
+from prefdyn.lab.account import Cut, Limits
+from prefdyn.lab.data import DataError
+from prefdyn.lens.batch import Batch, concatenate, pad
 
 WIDE = Limits(99, 99)
 
@@ -231,11 +232,11 @@ def test_seeds_of_the_world_share_prompts_and_differ_in_pairs():
 
 def test_padding_on_either_side():
     # prompts of 2 and 1 tokens, responses of 1 and 3: four columns are needed
-    right = data.pad([[5, 6], [7]], [[8], [9, 3, 2]], 0)
+    right = pad([[5, 6], [7]], [[8], [9, 3, 2]], 0)
     assert right.ids.tolist() == [[5, 6, 8, 0], [7, 9, 3, 2]]
     assert right.attention.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert right.response.int().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
-    left = data.pad([[5, 6], [7]], [[8], [9, 3, 2]], 0, side="left")
+    left = pad([[5, 6], [7]], [[8], [9, 3, 2]], 0, side="left")
     assert left.ids.tolist() == [[0, 5, 6, 8], [7, 9, 3, 2]]
     assert left.attention.int().tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
     assert left.response.int().tolist() == [[0, 0, 0, 1], [0, 1, 1, 1]]
@@ -253,7 +254,7 @@ def test_padding_on_either_side():
 )
 def test_what_cannot_be_padded(arguments, said):
     with pytest.raises(ValueError, match=said):
-        data.pad(*arguments)
+        pad(*arguments)
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -263,23 +264,23 @@ def equal(a: Batch, b: Batch) -> bool:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_rows_keep_only_the_columns_that_they_use(side):
     prompts, responses = [[5, 6], [7], [4]], [[8], [9, 3, 2, 1], [1]]
-    batch = data.pad(prompts, responses, 0, side)
+    batch = pad(prompts, responses, 0, side)
     index = torch.tensor([2, 0])
-    expected = data.pad([[4], [5, 6]], [[1], [8]], 0, side)
+    expected = pad([[4], [5, 6]], [[1], [8]], 0, side)
     assert equal(batch.rows(index), expected)
     assert [part.ids.shape for part in batch.chunks(2)] == [(2, 5), (1, 2)]
 
 
 def test_slices_keep_all_columns_and_concatenate_to_the_whole():
-    batch = data.pad([[5, 6], [7], [4]], [[8], [9, 3, 2, 1], [1]], 0)
+    batch = pad([[5, 6], [7], [4]], [[8], [9, 3, 2, 1], [1]], 0)
     parts = batch.slices(2)
     assert [part.ids.shape for part in parts] == [(2, 5), (1, 5)]
-    assert equal(data.concatenate(parts), batch)
+    assert equal(concatenate(parts), batch)
 
 
 def test_concatenating_pads_on_the_right_to_the_longest():
-    joined = data.concatenate([data.pad([[5]], [[6]], 0), data.pad([[1, 2]], [[3, 4]], 0)])
-    assert equal(joined, data.pad([[5], [1, 2]], [[6], [3, 4]], 0))
+    joined = concatenate([pad([[5]], [[6]], 0), pad([[1, 2]], [[3, 4]], 0)])
+    assert equal(joined, pad([[5], [1, 2]], [[6], [3, 4]], 0))
 
 
 def test_a_batch_has_one_shape():

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefdyn import alignment, controls, exact, objectives, train
-from prefdyn.policy import token_logps
+from prefdyn.lab import exact, train
+from prefdyn.lens import alignment, controls
+from prefdyn.lens.likelihood import token_logps
+from prefdyn.methods import objectives
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "06-exact.ipynb"
 BETA = 0.3

@@ -6,9 +6,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import evaluate, explore, plan, policy, recipes, world
-from prefdyn.params import check
-from prefdyn.runs import RunStore
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.findings import explore
+from prefdyn.lab import evaluate, policy, recipes, world
+from prefdyn.lab.runs import RunStore
 
 SMALL = {
     "profile": "smoke",

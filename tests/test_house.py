@@ -1,7 +1,12 @@
 """The house is in order: one truth for dependencies, clean notebook sources, contents that exist."""
 
+import ast
+import importlib
+import inspect
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -17,7 +22,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def declared() -> list[str]:
     """Return the dependencies of pyproject.toml, those for development included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    return project["dependencies"] + extras["book"] + extras["dev"]
 
 
 def locked() -> dict[str, list[Requirement]]:
@@ -120,3 +126,51 @@ def test_notebook_has_one_parameters_cell_with_a_profile(path):
     tagged = [cell for cell in read_notebook(path)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1, "exactly one cell carries the tag `parameters`"
     assert re.search(r"^profile\b[^=]*=\s*[\"']reader[\"']", "".join(tagged[0]["source"]), re.MULTILINE)
+
+
+FLOORS = ("lens", "methods", "lab", "findings", "book")
+
+
+def public(module) -> list:
+    """The functions and classes that a module defines for others."""
+    own = (getattr(module, name) for name in vars(module) if not name.startswith("_"))
+    return [x for x in own if (inspect.isfunction(x) or inspect.isclass(x)) and x.__module__ == module.__name__]
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_every_room_of_a_floor_is_listed_and_says_what_it_is(floor):
+    package = importlib.import_module(f"prefdyn.{floor}")
+    rooms = {path.stem for path in Path(package.__path__[0]).glob("*.py")} - {"__init__"}
+    listed = set(package.__all__)
+    if floor == "lens":  # for other people's code: names, not rooms
+        assert all(inspect.getdoc(getattr(package, name)) for name in listed)
+    else:
+        assert listed == rooms and package.__all__ == sorted(listed)
+    for name in rooms:
+        room = importlib.import_module(f"prefdyn.{floor}.{name}")
+        assert room.__doc__, f"{floor}/{name} does not say what it is"
+        silent = [x.__qualname__ for x in public(room) if not inspect.getdoc(x)]
+        assert not silent, f"{floor}/{name}: without a docstring: {silent}"
+
+
+def test_the_library_imports_rooms_and_not_lists_of_names():
+    """Else a run would depend on all that a floor lists, and the fingerprint of its code on nothing of it."""
+    library = Path(importlib.import_module("prefdyn").__path__[0])
+    for path in library.glob("*/*.py"):
+        if path.stem == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level and node.module in (None, *FLOORS):
+                home = path.parent if node.level == 1 else library / (node.module or "")
+                assert all((home / f"{alias.name}.py").is_file() for alias in node.names), f"{path.name}: {node.module}"
+
+
+def test_the_lens_alone_needs_no_other_package():
+    """In a fresh interpreter: what `import prefdyn.lens` loads of the packages that chapters need."""
+    heavy = ("pandas", "matplotlib", "seaborn", "papermill", "typer", "IPython", "nbformat")
+    code = (
+        "import sys, torch, transformers; before = set(sys.modules); import prefdyn.lens; "
+        f"print([name for name in {heavy} if name in set(sys.modules) - before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from prefdyn import plan, policy, recipes, world
-from prefdyn.layouts import DataError
-from prefdyn.params import check
-from prefdyn.runs import RunStore
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.lab import policy, recipes, world
+from prefdyn.lab.layouts import DataError
+from prefdyn.lab.runs import RunStore
 from toys.models import tiny_policy
 
 SMALL = {
@@ -126,9 +127,9 @@ def test_demonstrators_that_a_reader_changes_are_those_of_the_run(store, monkeyp
 
 PLANNED = """
 import sys
-from prefdyn import plan
-from prefdyn.params import check
-from prefdyn.runs import RunStore
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.lab.runs import RunStore
 print(RunStore(sys.argv[1]).key(plan.sft_run(check({"profile": "smoke", "model": "org/name"}), 0)))
 """
 

@@ -14,8 +14,8 @@ import huggingface_hub
 import pandas
 import pyarrow
 import pytest
-from prefdyn import layouts, sources
-from prefdyn.layouts import DataError, LeftOut, Reading
+from prefdyn.lab import layouts, sources
+from prefdyn.lab.layouts import DataError, LeftOut, Reading
 from pyarrow import parquet
 
 ALPACA = Path(__file__).resolve().parents[2] / "shared/data/alpaca-eval-prefs/train.jsonl.gz"

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from prefdyn import objectives
-from prefdyn.data import Batch, concatenate, pad
-from prefdyn.objectives import DPO, PPO, SFT, TokenWeights
-from prefdyn.policy import sequence_logps, token_logps
+from prefdyn.lens.batch import Batch, concatenate, pad
+from prefdyn.lens.likelihood import sequence_logps, token_logps
+from prefdyn.lens.weights import TokenWeights
+from prefdyn.methods import objectives
+from prefdyn.methods.objectives import DPO, PPO, SFT
 from toys.models import Table, build, lift_float32, random_batch
 
 BETA = 0.3

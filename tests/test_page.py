@@ -9,10 +9,10 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import page, plots
-from prefdyn.params import check
-from prefdyn.runs import Run
-from prefdyn.stats import Estimate, mean_interval
+from prefdyn.book import page, plots
+from prefdyn.book.params import check
+from prefdyn.findings.stats import Estimate, mean_interval
+from prefdyn.lab.runs import Run
 
 EVIL = "<script>alert('x')</script>"
 

@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import evaluate, paired
-from prefdyn.stats import Estimate, mean_interval
+from prefdyn.findings import paired
+from prefdyn.findings.stats import Estimate, mean_interval
+from prefdyn.lab import evaluate
 from scipy import special
 from scipy import stats as scipy_stats
 

@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 from huggingface_hub import constants
 from IPython.core.inputtransformer2 import TransformerManager
-from prefdyn import controls, params, plan, policy, variants
-from prefdyn.params import PRESETS, ParameterError, check, read_cells
-from prefdyn.runs import RunStore
+from prefdyn.book import params, plan, variants
+from prefdyn.book.params import PRESETS, ParameterError, check, read_cells
+from prefdyn.lab import policy
+from prefdyn.lab.runs import RunStore
+from prefdyn.lens import controls
 from toys.models import tiny_policy
 
 

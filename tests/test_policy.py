@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from prefdyn import chat, policy, world
-from prefdyn.data import pad
+from prefdyn.lab import chat, policy, world
+from prefdyn.lens import likelihood
+from prefdyn.lens.batch import pad
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from toys.models import ARCHITECTURES, Table, build, lift_float32, random_batch, tiny_policy
@@ -265,13 +266,13 @@ def test_training_moves_the_row_of_the_padding_token(tmp_path, architecture):
     model, _ = policy.load(str(saved(tmp_path, architecture, pad_token_id=1)))
     model.double()
     row, batch = model.get_input_embeddings().weight[1], pad([[5, 1, 6], [1, 7]], [[8, 1], [9, 5, 1]], 1)
-    (grad,) = torch.autograd.grad(policy.token_logps(model, batch).sum(), model.get_input_embeddings().weight)
+    (grad,) = torch.autograd.grad(likelihood.token_logps(model, batch).sum(), model.get_input_embeddings().weight)
     step = 1e-3 * torch.nn.functional.normalize(grad[1], dim=0)
     values = []
     with torch.no_grad():
         for sign in (1, -2):
             row += sign * step
-            values.append(policy.token_logps(model, batch).sum().item())
+            values.append(likelihood.token_logps(model, batch).sum().item())
     change = (values[0] - values[1]) / 2e-3
     assert change == pytest.approx(grad[1].norm().item(), rel=1e-2) and change > 0.1
 
@@ -279,11 +280,11 @@ def test_training_moves_the_row_of_the_padding_token(tmp_path, architecture):
 def test_dropout_and_checkpointing_of_a_configuration_have_no_effect(tmp_path):
     """Models are in evaluation mode from the start."""
     folder, batch = saved(tmp_path, "gpt_neox"), random_batch(4)
-    plain = policy.token_logps(policy.load(str(folder))[0], batch)
+    plain = likelihood.token_logps(policy.load(str(folder))[0], batch)
     configure(folder, hidden_dropout=0.5, attention_dropout=0.5, gradient_checkpointing=True)
     model, _ = policy.load(str(folder))
     assert model.config.hidden_dropout == 0.5 and not any(module.training for module in model.modules())
-    logps = policy.token_logps(model, batch)
+    logps = likelihood.token_logps(model, batch)
     assert torch.equal(logps, plain)
     logps.sum().backward()
     assert model.get_input_embeddings().weight.grad.isfinite().all()
@@ -292,7 +293,7 @@ def test_dropout_and_checkpointing_of_a_configuration_have_no_effect(tmp_path):
 def test_log_probs_of_a_table_by_hand(double):
     # row 0 gives probabilities 1/4 and 3/4, row 1 gives 1/2 each; prompt 0, response 1 0: log 3/4 + log 1/2
     model = Table([[0.0, math.log(3)], [0.0, 0.0]])
-    logps = policy.token_logps(model, pad([[0], [1, 0]], [[1, 0], [0]], 0))
+    logps = likelihood.token_logps(model, pad([[0], [1, 0]], [[1, 0], [0]], 0))
     expected = [[0, math.log(3 / 4), math.log(1 / 2)], [0, 0, math.log(1 / 4)]]
     assert torch.allclose(logps, torch.tensor(expected), atol=1e-15)
 
@@ -303,7 +304,7 @@ def test_padding_changes_nothing_and_a_plain_loop_agrees(architecture, side):
     model = build(architecture)
     batch = random_batch(6, side=side)
     with torch.no_grad():
-        logps = policy.token_logps(model, batch)
+        logps = likelihood.token_logps(model, batch)
         for row in range(len(batch)):
             ids = batch.ids[row][batch.attention[row]]  # unpadded
             answered = int(batch.response[row].sum())
@@ -311,21 +312,21 @@ def test_padding_changes_nothing_and_a_plain_loop_agrees(architecture, side):
             expected = [table[t - 1, ids[t]] for t in range(len(ids) - answered, len(ids))]
             assert torch.allclose(logps[row][batch.response[row]], torch.stack(expected), atol=1e-5)
         assert (logps[~batch.response] == 0).all() and logps.shape == batch.ids.shape
-        totals = policy.sequence_logps(model, batch, size=4)
+        totals = likelihood.sequence_logps(model, batch, size=4)
     assert torch.allclose(totals, logps.sum(-1), atol=1e-5)
 
 
 def test_log_probs_are_at_least_float32():
     model = Table([[0.0, 1.0], [0.5, 0.0]]).to(torch.bfloat16)
-    assert policy.token_logps(model, pad([[0]], [[1]], 0)).dtype == torch.float32
+    assert likelihood.token_logps(model, pad([[0]], [[1]], 0)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_log_probs_at_a_temperature_are_those_of_the_logits_over_it(double, monkeypatch, temperature):
     lift_float32(monkeypatch)
     model, batch = build("qwen3"), random_batch(6)
-    logps = policy.token_logps(model, batch, temperature)
-    logits, columns = policy.response_logits(model, batch, temperature)
+    logps = likelihood.token_logps(model, batch, temperature)
+    logits, columns = likelihood.response_logits(model, batch, temperature)
     for row in range(len(batch)):
         ids = batch.ids[row][batch.attention[row]]
         answered = int(batch.response[row].sum())
@@ -409,7 +410,7 @@ def test_sampling_depends_on_the_seed_alone(policy_and_tokenizer):
 def test_entropy_and_kl_by_hand(double):
     """p = (1/4, 3/4), q = (1/2, 1/2): H = log 4 - 3/4 log 3 and KL = log 2 - H, at each of two tokens."""
     model, reference = Table([[0.0, math.log(3)]] * 2), Table([[0.0, 0.0]] * 2)
-    entropy, kl = policy.entropy_and_kl(model, reference, pad([[0]], [[1, 0]], 0))
+    entropy, kl = likelihood.entropy_and_kl(model, reference, pad([[0]], [[1, 0]], 0))
     by_hand = math.log(4) - 0.75 * math.log(3)
     assert entropy.item() == pytest.approx(2 * by_hand, abs=1e-6)
     assert kl.item() == pytest.approx(2 * (math.log(2) - by_hand), abs=1e-6)
@@ -419,13 +420,13 @@ def test_entropy_and_kl_of_tokens_that_are_never_drawn(double):
     """The same by hand with a third token of probability 0 in p, and in q too; only in q, KL is infinite."""
     batch = pad([[0], [0]], [[1, 0], [0]], 0)
     model = Table([[0.0, math.log(3), -math.inf]] * 3)
-    entropy, kl = policy.entropy_and_kl(model, Table([[0.0, 0.0, -math.inf]] * 3), batch)
+    entropy, kl = likelihood.entropy_and_kl(model, Table([[0.0, 0.0, -math.inf]] * 3), batch)
     by_hand = math.log(4) - 0.75 * math.log(3)
     assert entropy.tolist() == pytest.approx([2 * by_hand, by_hand], abs=1e-6)
     assert kl.tolist() == pytest.approx([2 * (math.log(2) - by_hand), math.log(2) - by_hand], abs=1e-6)
-    _, kl = policy.entropy_and_kl(model, Table([[0.0, 0.0, 0.0]] * 3), batch)
+    _, kl = likelihood.entropy_and_kl(model, Table([[0.0, 0.0, 0.0]] * 3), batch)
     assert kl.tolist() == pytest.approx([2 * (math.log(3) - by_hand), math.log(3) - by_hand], abs=1e-6)
-    _, kl = policy.entropy_and_kl(model, Table([[0.0, -math.inf, 0.0], *[[0.0] * 3] * 2]), batch)
+    _, kl = likelihood.entropy_and_kl(model, Table([[0.0, -math.inf, 0.0], *[[0.0] * 3] * 2]), batch)
     assert kl.isposinf().all()
 
 
@@ -433,14 +434,14 @@ def test_positions_without_a_token_of_the_response_count_for_nothing(double):
     """Whatever a model says there: an infinite KL, or no number at all."""
     prompts, replies = [[0], [2]], [[1], [1, 1]]
     model, reference = Table([[0.0, 0.0, 0.0]] * 3), Table([[0.0] * 3, [-math.inf, 0.0, 0.0], [0.0] * 3])
-    entropy, kl = policy.entropy_and_kl(model, reference, pad(prompts, replies, 0))
+    entropy, kl = likelihood.entropy_and_kl(model, reference, pad(prompts, replies, 0))
     assert kl[0] == 0 and kl[1].isposinf() and entropy.isfinite().all()
 
 
 def test_entropy_and_kl_against_brute_force():
     model, reference = build("llama", seed=0), build("llama", seed=1)
     batch = random_batch(7)
-    entropy, kl = policy.entropy_and_kl(model, reference, batch, size=3)
+    entropy, kl = likelihood.entropy_and_kl(model, reference, batch, size=3)
     with torch.no_grad():
         for row in range(len(batch)):
             ids = batch.ids[row][batch.attention[row]]
@@ -451,7 +452,7 @@ def test_entropy_and_kl_against_brute_force():
             assert entropy[row].item() == pytest.approx(-(p.exp() * p).sum().item(), abs=1e-4)
             assert kl[row].item() == pytest.approx(F.kl_div(q, p, log_target=True, reduction="sum").item(), abs=1e-4)
     assert (kl > 0).all()
-    assert (policy.entropy_and_kl(model, model, batch)[1] == 0).all()
+    assert (likelihood.entropy_and_kl(model, model, batch)[1] == 0).all()
 
 
 def test_a_template_whose_tokens_have_no_embedding_is_refused(tmp_path):

@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from prefdyn import controls, data, evaluate, plan, policy, ppo, recipes, train, world
-from prefdyn.params import check
-from prefdyn.ppo import sequence_scores, token_values
-from prefdyn.runs import RunStore
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.lab import data, evaluate, policy, ppo, recipes, train, world
+from prefdyn.lab.ppo import sequence_scores, token_values
+from prefdyn.lab.runs import RunStore
+from prefdyn.lens import controls, likelihood
+from prefdyn.lens.batch import Batch, pad
 from safetensors.torch import load_file, load_model, save_model
 from toys.models import random_batch, tiny_policy
 
@@ -256,7 +259,7 @@ def test_tokens_of_a_measurement_are_those_of_its_rollouts(store):
     assert np.allclose(own["strength"], advantages.abs(), rtol=1e-5)
     assert own["third"].tolist() == controls.thirds(advantages.abs()).tolist()
     # the policy at the temperature at which it was sampled
-    assert np.allclose(own["logp"], policy.token_logps(model, batch, 0.7).detach()[batch.response], atol=1e-5)
+    assert np.allclose(own["logp"], likelihood.token_logps(model, batch, 0.7).detach()[batch.response], atol=1e-5)
     for i, response in own.groupby("example"):
         ids = batch.ids[i][batch.response[i]].tolist()
         assert response["token"].tolist() == [tokenizer.decode([token]) for token in ids]
@@ -291,7 +294,7 @@ def test_padding_and_batch_size_change_no_advantage(store, sft, monkeypatch):
     value_model = with_random_head(True, sft.folder / "policy")
     whole = collected(spec, store, sft, value_model, 24)
     in_parts = collected(spec, store, sft, value_model, 5)
-    monkeypatch.setattr(data, "pad", functools.partial(data.pad, side="left"))
+    monkeypatch.setattr(ppo, "pad", functools.partial(pad, side="left"))
     on_the_left = collected(spec, store, sft, value_model, 24)
     for ours, parts, left in zip(whole, in_parts, on_the_left, strict=True):
         assert ours.std() > 0.1
@@ -309,7 +312,7 @@ def test_what_is_collected_follows_from_its_parts(store, sft):
         model, reference, value_model, tokenizer, spec.score(store, tokenizer), prompts, 5, 4
     )
     batch, points, kls = objective.rollouts, [], []
-    ref = policy.token_logps(reference, batch).detach()
+    ref = likelihood.token_logps(reference, batch).detach()
     for row, prompt in enumerate(prompts):
         inside = batch.response[row]
         text = policy.decode(tokenizer, [batch.ids[row][inside].tolist()])[0]
@@ -333,7 +336,7 @@ def test_rollouts_are_sampled_at_the_temperature(store, sft):
     model, tokenizer = recipes.final_policy(sft)
     prompts = recipes.dataset(plan.data_spec(WORLD, 0)).prompts["train"][:24]
     value_model = ppo.headed(sft.folder / "policy", bias=True)
-    limits, likelihood = {"max_prompt": 24, "max_response": 28}, {}
+    limits, means = {"max_prompt": 24, "max_response": 28}, {}
     for temperature in (1e-4, 0.5, 1.0, 1.5):
         spec = plan.ppo_run(changed(temperature=temperature), seed=0)
         score = spec.score(store, tokenizer)
@@ -342,13 +345,13 @@ def test_rollouts_are_sampled_at_the_temperature(store, sft):
         drawn = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.response, strict=True)]
         at = 0.0 if temperature == 1e-4 else temperature
         assert drawn == evaluate.reply(model, tokenizer, prompts, temperature=at, seed=5, **limits)[1]
-        logps = policy.token_logps(model, batch).detach()
-        likelihood[temperature] = logps[batch.response].mean().item()
+        logps = likelihood.token_logps(model, batch).detach()
+        means[temperature] = logps[batch.response].mean().item()
         old = objective.old_logps
-        assert (old - policy.token_logps(model, batch, temperature).detach()).abs().max() < 1e-4
+        assert (old - likelihood.token_logps(model, batch, temperature).detach()).abs().max() < 1e-4
         assert temperature == 1 or (old - logps).abs().max() > 0.1
         assert objective.temperature == temperature
-    assert sorted(likelihood.values(), reverse=True) == list(likelihood.values())
+    assert sorted(means.values(), reverse=True) == list(means.values())
 
 
 def in_parts(spec, micro_batch: int, lr: float, **more):
@@ -405,7 +408,7 @@ def test_the_value_at_a_token_sees_what_is_before_it_alone(sft, side):
     for column in range(1, batch.ids.shape[1]):
         ids = batch.ids.clone()
         ids[:, column] = torch.where(batch.attention[:, column], ids[:, column] % 20 + 1, ids[:, column])
-        other = token_values(model, data.Batch(ids, batch.attention, batch.response)).detach()
+        other = token_values(model, Batch(ids, batch.attention, batch.response)).detach()
         difference = (other - values).abs()
         assert difference[:, : column + 1].max() < 1e-5  # the token itself included
         after = batch.response[:, column + 1 :] & batch.attention[:, column, None]
@@ -457,7 +460,7 @@ def test_a_score_is_read_at_the_last_token_whatever_it_is(sft, side):
     """Token 0 is the padding token; a reply may hold it, and models without one pad with their end of text."""
     model = with_random_head(False, sft.folder / "policy")
     prompts, replies = [[5, 6], [7], [8, 9, 10]], [[11, 12, 0], [13], [0, 14]]
-    scores = sequence_scores(model, data.pad(prompts, replies, 0, side))
+    scores = sequence_scores(model, pad(prompts, replies, 0, side))
     for prompt, reply, score in zip(prompts, replies, scores, strict=True):
         states = model.body(input_ids=torch.tensor([prompt + reply])).last_hidden_state
         assert score.item() == pytest.approx(model.head(states[0, -1]).item(), abs=1e-5)

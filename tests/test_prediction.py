@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from prefdyn import prediction
+from prefdyn.findings import prediction
 
 # checkpoints at 0, 2, 3; learning rates 0.1 a step; two optimiser steps in each
 ALIGNMENT = pd.DataFrame(

@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from prefdyn import controls, evaluate, measure, plan, policy, recipes, train, world
-from prefdyn.params import check
-from prefdyn.runs import RunStore
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.findings import measure
+from prefdyn.lab import evaluate, policy, recipes, train, world
+from prefdyn.lab.runs import RunStore
+from prefdyn.lens import controls, likelihood
 from safetensors.torch import load_file
 from toys.models import tiny_policy
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -125,8 +128,8 @@ def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
     for step in spec.steps():
         model, _ = recipes.load_checkpoint(dpo, step)
         named = dict(model.named_parameters())
-        ascent = torch.autograd.grad(policy.token_logps(model, targets).sum(-1).mean(), list(named.values()))
-        logps = policy.token_logps(model, objective.batch(index)).sum(-1)
+        ascent = torch.autograd.grad(likelihood.token_logps(model, targets).sum(-1).mean(), list(named.values()))
+        logps = likelihood.token_logps(model, objective.batch(index)).sum(-1)
         margin = logps[:48] - logps[48:] - (objective.reference[0] - objective.reference[1])
         loss = -torch.nn.functional.logsigmoid(WORLD.beta * margin).mean()
         descent = torch.autograd.grad(loss, list(named.values()))
@@ -164,7 +167,7 @@ def test_under_sgd_the_alignment_for_the_optimiser_is_the_raw_one_but_for_clippi
     start = sft.query("component == 'full' and step == 0").iloc[0]
     model, tokenizer = recipes.load_checkpoint(store.get(plan.sft_run(p, 0)), 0)
     objective = plan.sft_run(p, 0).probe(store, tokenizer, "train")
-    loss = -policy.token_logps(model, objective.batch(torch.arange(48))).sum(-1).mean()
+    loss = -likelihood.token_logps(model, objective.batch(torch.arange(48))).sum(-1).mean()
     norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm().item()
     assert norm > 1.5 and start["g_opt"] / start["g"] == pytest.approx(1 / norm, rel=1e-3)
 
@@ -237,7 +240,7 @@ def test_dpo_trains_on_the_pairs_as_they_are_labelled(store, noise):
     assert any(row["flipped"] for row in rows) == (noise > 0)
     model, tokenizer = recipes.final_policy(store.get(spec.sft))
     logps = {
-        side: policy.sequence_logps(model, recipes.encode(spec.data, tokenizer, rows, side)).numpy()
+        side: likelihood.sequence_logps(model, recipes.encode(spec.data, tokenizer, rows, side)).numpy()
         for side in ("chosen", "rejected")
     }
     kept = store.get(spec.scored()).frame("train")

@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-from prefdyn import reference
-from prefdyn.reference import ReferenceError, collect, compare, read, tolerance
+from prefdyn.findings import reference
+from prefdyn.findings.reference import ReferenceError, collect, compare, read, tolerance
 
 SEEDS = [1.0, 2.0, 3.0]
 HALF = 4.302652729911275 / math.sqrt(3)  # the 97.5% quantile of t with 2 degrees, times the standard error of 1, 2, 3

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from prefdyn import reweighting
+from prefdyn.findings import reweighting
 
 
 def sequences(omega, step=1):

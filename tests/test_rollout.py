@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from prefdyn import rollout
+from prefdyn.methods import rollout
 
 
 def mask(*rows: str) -> torch.Tensor:

@@ -16,9 +16,12 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from prefdyn import alignment, claims, controls, fingerprint, measure, plan, policy, recipes, runs, train, world
-from prefdyn.params import check
-from prefdyn.runs import RunError, RunStore, code_fingerprint
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.findings import claims, measure
+from prefdyn.lab import fingerprint, policy, recipes, runs, train, world
+from prefdyn.lab.runs import RunError, RunStore, code_fingerprint
+from prefdyn.lens import alignment, controls
 from pydantic import BaseModel
 from toys.specs import Toy, arrive_and_get
 
@@ -161,7 +164,7 @@ def test_the_fingerprint_changes_with_code_that_is_reached_and_nothing_else(pack
 
 
 def test_results_do_not_depend_on_the_code_of_store_pages_or_command_line():
-    reached = {name.rpartition(".")[2] for name in fingerprint._reached("prefdyn.measure")}
+    reached = {name.rpartition(".")[2] for name in fingerprint._reached("prefdyn.findings.measure")}
     assert reached >= {"measure", "recipes", "train", "alignment", "controls", "objectives", "policy", "data", "world"}
     assert not reached & {"runs", "page", "plots", "cli", "params", "plan", "stats"}
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn import stats
+from prefdyn.findings import stats
 from scipy import stats as scipy_stats
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from prefdyn import cli
-from prefdyn.layouts import DataError
+from prefdyn.book import cli
+from prefdyn.lab.layouts import DataError
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,9 +101,9 @@ def test_the_page_accounts_for_every_line(file, tmp_path, monkeypatch):
 
 
 def test_a_file_with_text_that_would_be_markup_is_escaped_on_the_page(capsys):
-    from prefdyn import page
-    from prefdyn.account import Account, Limits
-    from prefdyn.layouts import LeftOut
+    from prefdyn.book import page
+    from prefdyn.lab.account import Account, Limits
+    from prefdyn.lab.layouts import LeftOut
 
     odd = LeftOut("line 1", "unknown role", "<script>alert(1)</script>")
     account = Account("pairs", (), (), 1, (odd,), 0, (), {}, Limits(9, 9), {})

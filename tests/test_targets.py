@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from prefdyn import alignment, chat, data, evaluate, measure, plan, policy, recipes, targets
-from prefdyn.objectives import DPO, PPO, SFT
-from prefdyn.params import check
-from prefdyn.runs import RunStore
-from prefdyn.targets import TargetSpec, TargetsRun, block_gradients
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.findings import measure, targets
+from prefdyn.findings.targets import TargetSpec, TargetsRun, block_gradients
+from prefdyn.lab import chat, evaluate, policy, recipes
+from prefdyn.lab.runs import RunStore
+from prefdyn.lens import alignment, likelihood
+from prefdyn.lens.batch import pad
+from prefdyn.methods.objectives import DPO, PPO, SFT
 from toys.models import Table, build, lift_float32, random_batch
 
 # checkpoints at 2 * (i / 2)^1.5 = 0, 0.7, 2 for PPO, and likewise at 0, 2, 6 for DPO
@@ -89,7 +93,7 @@ def toy(kind: str, model, size: int):
         return DPO(rows, random_batch(size, seed=2), *reference, beta=0.3)
     noise, advantages = (torch.randn(rows.ids.shape, generator=rng) for _ in range(2))
     with torch.no_grad():
-        old = policy.token_logps(model, rows, 0.7) + 0.2 * noise
+        old = likelihood.token_logps(model, rows, 0.7) + 0.2 * noise
     return PPO(rows, old, advantages, clip=0.2, temperature=0.7)
 
 
@@ -116,7 +120,7 @@ def test_blocks_are_the_gradient_of_the_loss_in_parts(double, monkeypatch, kind,
             assert (block[name] - grad).abs().max() < 1e-10 * largest, name
     batch = objective.batch(index)
     with torch.no_grad():
-        w = objective.weights(policy.token_logps(model, batch, objective.temperature), batch, index).w
+        w = objective.weights(likelihood.token_logps(model, batch, objective.temperature), batch, index).w
     whole = alignment.gradient(model, [(batch, w)], objective.temperature)
     for name in whole:
         assert (sum(block[name] for _, _, block in blocks) - whole[name]).abs().max() < 1e-10 * largest, name
@@ -164,7 +168,7 @@ def test_g_and_cosine_of_dpo_from_whole_losses(store, final):
             ref = log_likelihoods(reference, batch).sum(-1)
         ratios.append(log_likelihoods(model, batch).sum(-1) - ref)
     loss_gradient = flat(-F.logsigmoid(WORLD.beta * (ratios[0] - ratios[1])).mean())
-    replies = data.pad(*evaluate.reply(final[0], tokenizer, known.prompts["held_out"], **limits), 0)
+    replies = pad(*evaluate.reply(final[0], tokenizer, known.prompts["held_out"], **limits), 0)
     drawn = {"as declared": replies, "reduction: mean": replies, "responses: chosen": chosen.rows(slice(12))}
     last = table[table["step"] == spec.steps()[-1]].set_index("choice")
     for name, batch in drawn.items():

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefdyn import train
-from prefdyn.controls import Control
-from prefdyn.objectives import DPO, PPO, SFT
-from prefdyn.policy import sequence_logps, token_logps
-from prefdyn.train import Optimisation
+from prefdyn.lab import train
+from prefdyn.lab.train import Optimisation
+from prefdyn.lens.controls import Control
+from prefdyn.lens.likelihood import sequence_logps, token_logps
+from prefdyn.methods.objectives import DPO, PPO, SFT
 from toys.models import build, random_batch
 
 CONFIG = Optimisation(steps=12, batch_size=4, lr=1e-2, seed=3)

@@ -1,8 +1,9 @@
 """Controlled variants by name: what they scale and when, and what cannot be asked for."""
 
 import pytest
-from prefdyn import controls, plan, profiles, sensitivity, variants
-from prefdyn.params import ParameterError, check
+from prefdyn.book import plan, profiles, sensitivity, variants
+from prefdyn.book.params import ParameterError, check
+from prefdyn.lens import controls
 
 P = check({"profile": "smoke", "floor": 0.25, "switch_at": 0.5, "negative_scale": 0.3})
 

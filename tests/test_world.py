@@ -9,14 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from prefdyn import world
-from prefdyn.world import Prompt
+from prefdyn.lab import world
+from prefdyn.lab.world import Prompt
 
 FOX = Prompt("warm", "short", "ann", "home", "fox")
 BEAR = Prompt("formal", "long", "ben", "food", "bear")
 DIGEST = """
 import hashlib, json
-from prefdyn import world
+from prefdyn.lab import world
 split = world.split_prompts(7)
 rows = world.demonstrations(split["train"], 300, 7), world.pairs(split["train"], 300, 0.2, 7)
 print(hashlib.sha256(json.dumps([split, *rows, world.vocabulary()]).encode()).hexdigest())

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import torch
-from prefdyn import policy, world
-from prefdyn.data import Batch, pad
+from prefdyn.lab import policy, world
+from prefdyn.lens.batch import Batch, pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 

@@ -60,7 +60,7 @@ class Toy(BaseModel):
 
 def arrive_and_get(root: str, spec: Toy, name: str) -> None:
     """What a process does in a test: say that it is there, then ask for the run."""
-    from prefdyn.runs import RunStore
+    from prefdyn.lab.runs import RunStore
 
     store = RunStore(root)
     store.key(spec)  # everything is imported and hashed

@@ -8,14 +8,15 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import alignment, controls, ppo, recipes
-from .data import Batch
-from .objectives import TokenWeights
-from .policy import sequence_logps
+from ..lab import ppo, recipes
+from ..lens import alignment, controls
+from ..lens.batch import Batch
+from ..lens.likelihood import sequence_logps
+from ..lens.weights import TokenWeights
 from .targets import TargetSpec
 
 if TYPE_CHECKING:
-    from .runs import RunStore
+    from ..lab.runs import RunStore
 
 TOKENS_OF = 256  # examples of a probe whose tokens are kept one by one
 CHECKED = 256  # rows whose scores are checked where the gradient of the whole probe is not needed

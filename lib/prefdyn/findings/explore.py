@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from . import policy, ppo, recipes, world
-from .evaluate import reply, rewards
+from ..lab import policy, ppo, recipes, world
+from ..lab.evaluate import reply, rewards
 
 if TYPE_CHECKING:
-    from .runs import RunStore
+    from ..lab.runs import RunStore
 
 
 def variety(prompt: str, replies: list[str], points: list[float], in_world: bool) -> dict[str, float]:

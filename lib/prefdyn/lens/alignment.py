@@ -25,10 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import controls
-from .data import Batch, pad
+from .batch import Batch, pad
 from .faithful import faithful
-from .objectives import TokenWeights
-from .policy import logps_of, response_columns, response_logits, token_logps
+from .likelihood import logps_of, response_columns, response_logits, token_logps
+from .weights import TokenWeights
 
 Direction = dict[str, torch.Tensor]  # one tensor a parameter, by its name
 Scored = tuple[torch.Tensor, torch.Tensor]  # log-probs and alignment scores of tokens, [N, T] each

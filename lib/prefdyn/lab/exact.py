@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import lambertw
 
-from .data import Batch, pad
+from ..lens.batch import Batch, pad
 
 
 class Enumerated(torch.nn.Module):

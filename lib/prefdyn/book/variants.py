@@ -6,7 +6,7 @@ all weights share, so what counts is how the parts compare with each other.
 
 from collections.abc import Callable
 
-from .controls import Control, Schedule, check_schedule
+from ..lens.controls import Control, Schedule, check_schedule
 from .params import ParameterError, Parameters
 
 Build = Callable[[Parameters, int], Control]  # (parameters, updates of training) -> control

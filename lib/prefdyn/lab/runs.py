@@ -91,6 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

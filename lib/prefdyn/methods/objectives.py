@@ -4,35 +4,14 @@ Every function here is pure. Rows of tensors are sequences, [N, T]; for DPO the 
 then the B rejected ones, so N = 2 B.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from .data import Batch, concatenate
+from ..lens.batch import Batch, concatenate
+from ..lens.weights import TokenWeights
 from .rollout import kl_estimate
 
 ROUNDING = 1e-4  # nats: margins up to here are float32 noise of sums over responses
-
-
-@dataclass(frozen=True)
-class TokenWeights:
-    """The weights of an objective and what its reweighting acts on.
-
-    w: float [N, T], zero outside responses. strength: float [U], the factor that the objective gives to each of
-    its units (omega of a pair). unit: int64 [N, T], the unit that a token belongs to, -1 outside responses.
-    """
-
-    w: torch.Tensor
-    strength: torch.Tensor
-    unit: torch.Tensor
-
-    def __post_init__(self):
-        if self.w.shape != self.unit.shape or self.w.ndim != 2 or self.strength.ndim != 1:
-            raise ValueError(
-                f"TokenWeights: w {tuple(self.w.shape)} and unit {tuple(self.unit.shape)} must share one shape [N, T] "
-                f"and strength {tuple(self.strength.shape)} must be [U]"
-            )
 
 
 def sft_weights(response: torch.Tensor) -> TokenWeights:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .controls import check_schedule
+from ..lens.controls import check_schedule
 from .profiles import ALTERNATIVES, COMMON, FILE, PRESETS, VARIANTS
 
 

@@ -6,7 +6,7 @@ Pure functions over the tables of alignment runs, gathered over seeds (column `s
 import pandas as pd
 import torch
 
-from .controls import THIRDS, thirds
+from ..lens.controls import THIRDS, thirds
 from .stats import auc, rank_correlation
 
 RUN = ["seed", "step"]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
-from .stats import Estimate, over_seeds
+from ..findings.stats import Estimate, over_seeds
 
 PAPER = "#fbfaf7"  # a background that suits light and dark pages
 INK = "#2b2b33"

@@ -9,14 +9,15 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import alignment, policy, ppo, recipes
-from .data import Batch, pad
-from .evaluate import reply
-from .faithful import faithful
-from .train import Objective
+from ..lab import ppo, recipes
+from ..lab.evaluate import reply
+from ..lab.train import Objective
+from ..lens import alignment, likelihood
+from ..lens.batch import Batch, pad
+from ..lens.faithful import faithful
 
 if TYPE_CHECKING:
-    from .runs import RunStore
+    from ..lab.runs import RunStore
 
 BLOCKS = 8  # parts of a probe whose spread gives the standard error of G
 
@@ -57,7 +58,7 @@ def block_gradients(
     """
     batch = objective.batch(index)
     with torch.no_grad(), faithful(model):
-        logps = torch.cat([policy.token_logps(model, part, objective.temperature) for part in batch.slices(256)])
+        logps = torch.cat([likelihood.token_logps(model, part, objective.temperature) for part in batch.slices(256)])
     w = objective.weights(logps, batch, index).w
     rows = torch.arange(len(batch), device=w.device).reshape(-1, len(index))  # an example's rows are a column
     for block in torch.arange(len(index), device=w.device).tensor_split(min(BLOCKS, len(index))):
@@ -142,6 +143,6 @@ class TargetsRun(recipes.Spec):
                 "cosine": g.sum() / (length * size) if length * size > 0 else np.nan,
                 "g_opt": g_opt,
                 "cosine_opt": g_opt / (aware_length * size) if aware_length * size > 0 else np.nan,
-                "logp": policy.sequence_logps(model, drawn[name]).mean().item(),
+                "logp": likelihood.sequence_logps(model, drawn[name]).mean().item(),
             }
         return found

@@ -10,7 +10,7 @@ import math
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from .objectives import TokenWeights
+from .weights import TokenWeights
 
 CONTROLS = {
     "full": "the objective as it is",

@@ -18,9 +18,9 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from .data import Dataset
-from .runs import Run
-from .stats import Estimate
+from ..findings.stats import Estimate
+from ..lab.data import Dataset
+from ..lab.runs import Run
 
 KEY = "prefdyn"  # of the metadata that carries values
 DIGEST = "pairs"  # what a page describes, by `Dataset.digest`

@@ -17,25 +17,19 @@ from safetensors.torch import load_model, save_model
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import data, policy, recipes, rollout
-from .controls import Control
+from ..lens import likelihood
+from ..lens.batch import Batch, pad
+from ..lens.controls import Control
+from ..methods import rollout
+from ..methods.objectives import PPO
+from . import policy, recipes
 from .evaluate import reply, rewards
-from .objectives import PPO
-from .train import (
-    Optimisation,
-    digest,
-    example_order,
-    learning_rate,
-    load_state,
-    make_optimizer,
-    save_state,
-    update,
-)
+from .train import Optimisation, digest, example_order, learning_rate, load_state, make_optimizer, save_state, update
 
 if TYPE_CHECKING:
     from .runs import RunStore
 
-Score = Callable[[list[str], data.Batch], torch.Tensor]  # (prompts, rollouts) -> one number a rollout
+Score = Callable[[list[str], Batch], torch.Tensor]  # (prompts, rollouts) -> one number a rollout
 
 
 class Headed(torch.nn.Module):
@@ -54,11 +48,11 @@ class Headed(torch.nn.Module):
         for parameter in self.head.parameters():
             torch.nn.init.zeros_(parameter)
 
-    def states(self, batch: data.Batch) -> torch.Tensor:
+    def states(self, batch: Batch) -> torch.Tensor:
         """What the head reads, the body's last states [N, T, width]."""
-        return self.body(**policy.inputs(self.body, batch)).last_hidden_state
+        return self.body(**likelihood.inputs(self.body, batch)).last_hidden_state
 
-    def forward(self, batch: data.Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """What the head says at each position, [N, T]."""
         return self.head(self.states(batch)).squeeze(-1)
 
@@ -68,12 +62,12 @@ def headed(folder: Path, bias: bool) -> Headed:
     return Headed(policy.load(str(folder))[0], bias).eval().to(recipes.device())
 
 
-def token_values(model: Headed, batch: data.Batch) -> torch.Tensor:
+def token_values(model: Headed, batch: Batch) -> torch.Tensor:
     """Value of the state in which each token is chosen, [N, T], zero outside responses."""
     return F.pad(model(batch)[:, :-1], (1, 0)).masked_fill(~batch.response, 0.0)
 
 
-def sequence_scores(model: Headed, batch: data.Batch) -> torch.Tensor:
+def sequence_scores(model: Headed, batch: Batch) -> torch.Tensor:
     """Score of each reply by a reward model, [N]: its head at the last token, also where that is the padding token."""
     states = model.states(batch)
     rows = torch.arange(len(batch), device=states.device)
@@ -179,7 +173,7 @@ class PPORun(recipes.Training):
         if known.reward is None:
             raise ValueError("reward='true': the true reward of this dataset is not known; use 'learned'")
 
-        def true_reward(prompts: list[str], batch: data.Batch) -> torch.Tensor:
+        def true_reward(prompts: list[str], batch: Batch) -> torch.Tensor:
             answers = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.response, strict=True)]
             points = rewards(known, prompts, policy.decode(tokenizer, answers))
             return torch.tensor(points, device=batch.ids.device)
@@ -206,12 +200,13 @@ class PPORun(recipes.Training):
         """
         limits = {"max_prompt": self.data.max_prompt, "max_response": self.data.max_response}
         asked, answers = reply(model, tokenizer, prompts, temperature=self.temperature, seed=seed, **limits)
-        batch = data.pad(asked, answers, tokenizer.pad_token_id).to(model.device)
+        batch = pad(asked, answers, tokenizer.pad_token_id).to(model.device)
         micro = self.optimisation.micro_batch or size
         parts = [part for block in batch.slices(size) for part in block.slices(micro)]
         with torch.no_grad():
             old, ref = (
-                torch.cat([policy.token_logps(m, part, self.temperature) for part in parts]) for m in (model, reference)
+                torch.cat([likelihood.token_logps(m, part, self.temperature) for part in parts])
+                for m in (model, reference)
             )
             values = torch.cat([token_values(value_model, part) for part in parts])
         points = score(prompts, batch)
@@ -257,7 +252,7 @@ class PPORun(recipes.Training):
         objective, _, returns, _ = whole.collect(model, reference, value_model, tokenizer, score, prompts, 0, 256)
         torch.nn.init.constant_(value_model.head.bias, returns[objective.rollouts.response].mean().item())
 
-    def _value_step(self, part, batch: data.Batch, old_values: torch.Tensor, returns: torch.Tensor) -> float:
+    def _value_step(self, part, batch: Batch, old_values: torch.Tensor, returns: torch.Tensor) -> float:
         """One optimiser step of the value model on a minibatch; returns the loss before it."""
         model, optimizer = part
         size = self.optimisation.micro_batch or len(batch)

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..lens.batch import pad
+from ..lens.likelihood import entropy_and_kl
 from . import chat
-from .data import Dataset, pad
+from .data import Dataset
 from .layouts import Prompt, shown
-from .policy import decode, entropy_and_kl, generate
+from .policy import decode, generate
 
 
 def win_rate(rewards: Sequence[float], baseline: Sequence[float]) -> float:

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from . import ablations, plan, recipes, reweighting, stats, variants
+from ..findings import ablations, reweighting, stats
+from ..lab import recipes
+from ..lab.runs import RunStore
+from . import plan, variants
 from .params import Parameters
-from .runs import RunStore
 
 
 class NotRun(Exception):

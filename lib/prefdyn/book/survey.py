@@ -3,9 +3,10 @@
 import statistics
 from collections.abc import Iterable, Iterator
 
-from . import plan, recipes
-from .account import count
-from .layouts import DataError, Reading, shown
+from ..lab import recipes
+from ..lab.account import count
+from ..lab.layouts import DataError, Reading, shown
+from . import plan
 from .params import Parameters
 
 

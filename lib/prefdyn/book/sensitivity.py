@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
-from .claims import RULES, Finding, Rule, apply_rule
+from ..findings.claims import RULES, Finding, Rule, apply_rule
+from ..lab.runs import RunStore
 from .evidence import TABLES, NotRun, measured
 from .params import ParameterError, Parameters
-from .runs import RunStore
 
 
 def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> list[Finding]:

@@ -18,8 +18,9 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 from traitlets import default
 
-from . import page, params, reference, survey
-from .runs import RunStore, project_root, versions
+from ..findings import reference
+from ..lab.runs import RunStore, project_root, versions
+from . import page, params, survey
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
 runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
@@ -369,7 +370,7 @@ def remove_run(
 def _is_ours(error: Exception) -> bool:
     """Whether the library itself raised an error: then its message is for the user; elsewhere it may be a fault."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).parent == Path(__file__).parent
+    return bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from . import controls
-from .data import Batch
-from .objectives import TokenWeights
-from .policy import token_logps
+from ..lens import controls
+from ..lens.batch import Batch
+from ..lens.likelihood import token_logps
+from ..lens.weights import TokenWeights
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW
 UPDATES = "updates"  # beside parameter names, which all have a dot in them

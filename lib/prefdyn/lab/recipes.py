@@ -13,11 +13,13 @@ from pydantic import BaseModel, ConfigDict, SerializationInfo, field_serializer
 from safetensors.torch import load_file, load_model, save_file, save_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..lens import likelihood
+from ..lens.batch import Batch
+from ..lens.controls import FULL, Control
+from ..methods.objectives import DPO, SFT
 from . import chat, checkpoints, data, layouts, policy, world
 from .account import Limits
-from .controls import FULL, Control
 from .evaluate import evaluate, win_rate
-from .objectives import DPO, SFT
 from .train import Objective, Optimisation, adamw_scale, checkpoint_steps, fit, kept_by_clipping, second_moment
 
 if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
@@ -169,10 +171,11 @@ def untrained(
 
 
 def device() -> torch.device:
+    """Where models are computed: an accelerator if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def encode(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: list[dict], field: str) -> data.Batch:
+def encode(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rows: list[dict], field: str) -> Batch:
     """Prompts and one field ("response", "chosen" or "rejected") of `rows` as a Batch on the device."""
     prompts, responses = [row["prompt"] for row in rows], [row[field] for row in rows]
     limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
@@ -232,7 +235,7 @@ class Training(Spec):
         index = torch.arange(min(check.size, 256), device=model.device)
         batch = check.batch(index)
         with torch.no_grad():
-            logps = torch.cat([policy.token_logps(model, part) for part in batch.slices(256)])
+            logps = torch.cat([likelihood.token_logps(model, part) for part in batch.slices(256)])
         checked = {f"check_{k}": v for k, v in check.metrics(logps, batch, index).items()}
         save_model(model, str(folder / f"checkpoint-{step}.safetensors"))
         if moment := second_moment(model, optimizer):
@@ -350,7 +353,7 @@ class ReferenceRun(Spec):
         known = dataset(self.data)
         for probe, rows in zip(PROBES, (known.pairs, known.check), strict=True):
             columns = {
-                side: policy.sequence_logps(model, encode(self.data, tokenizer, rows, side)).cpu().numpy()
+                side: likelihood.sequence_logps(model, encode(self.data, tokenizer, rows, side)).cpu().numpy()
                 for side in ("chosen", "rejected")
             }
             pd.DataFrame(columns).to_parquet(folder / f"{probe}.parquet")

@@ -7,15 +7,17 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from . import alignment, checkpoints, recipes, sources, variants, world
-from .controls import Control
-from .explore import ExplorationRun
-from .measure import AlignmentRun
+from ..findings.explore import ExplorationRun
+from ..findings.measure import AlignmentRun
+from ..findings.targets import TargetSpec, TargetsRun
+from ..lab import checkpoints, recipes, sources, world
+from ..lab.ppo import PPORun, RewardRun
+from ..lab.recipes import DataSpec, DPORun, ModelSpec, PolicySpec, SFTRun, dataset
+from ..lab.train import Optimisation
+from ..lens import alignment
+from ..lens.controls import Control
+from . import variants
 from .params import ParameterError, Parameters
-from .ppo import PPORun, RewardRun
-from .recipes import DataSpec, DPORun, ModelSpec, PolicySpec, SFTRun, dataset
-from .targets import TargetSpec, TargetsRun
-from .train import Optimisation
 
 
 def _model(p: Parameters, identity: Callable[[Path], str]) -> dict:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import pandas as pd
 
+from ..lab.runs import Run
 from .paired import Comparison, adjusted, by_seed_and_prompt, crossed_interval, paired, win_rate_interval
-from .runs import Run
 from .stats import Estimate, require_columns
 
 PLAIN = "plain"  # the method as it is

@@ -1,0 +1,14 @@
+"""The book: what a chapter and a reader need. Parameters, plans, figures, pages, the command line."""
+
+__all__ = [
+    "cli",
+    "evidence",
+    "page",
+    "params",
+    "plan",
+    "plots",
+    "profiles",
+    "sensitivity",
+    "survey",
+    "variants",
+]  # rooms, imported one by one

@@ -1,0 +1,14 @@
+"""Findings: what is asked of runs and how sure the answers are. Measurements as tables, intervals, rules."""
+
+__all__ = [
+    "ablations",
+    "claims",
+    "explore",
+    "measure",
+    "paired",
+    "prediction",
+    "reference",
+    "reweighting",
+    "stats",
+    "targets",
+]  # rooms, imported one by one

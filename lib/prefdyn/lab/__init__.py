@@ -1,0 +1,19 @@
+"""The lab: what runs. The world and preference files, policies, training, evaluation, and the store of runs."""
+
+__all__ = [
+    "account",
+    "chat",
+    "checkpoints",
+    "data",
+    "evaluate",
+    "exact",
+    "fingerprint",
+    "layouts",
+    "policy",
+    "ppo",
+    "recipes",
+    "runs",
+    "sources",
+    "train",
+    "world",
+]  # rooms, imported one by one

@@ -1,0 +1,50 @@
+"""The lens: how an objective's updates change the likelihood of some responses. It needs torch and transformers alone.
+
+    from prefdyn.lens import Batch, TokenWeights, pad, target_direction, token_scores
+
+A batch of responses, a direction (the gradient of what is asked about) and token weights (of any objective) are all
+that it takes: G is the sum of weights times scores.
+"""
+
+from .alignment import (
+    MeasurementError,
+    by_sequence,
+    check,
+    choose_method,
+    gradient,
+    inner,
+    norm,
+    scaled,
+    target_direction,
+    token_scores,
+)
+from .batch import Batch, concatenate, pad
+from .controls import Control, apply, thirds
+from .faithful import faithful
+from .likelihood import entropy_and_kl, response_logits, sequence_logps, token_logps
+from .weights import TokenWeights
+
+__all__ = [
+    "Batch",
+    "Control",
+    "MeasurementError",
+    "TokenWeights",
+    "apply",
+    "by_sequence",
+    "check",
+    "choose_method",
+    "concatenate",
+    "entropy_and_kl",
+    "faithful",
+    "gradient",
+    "inner",
+    "norm",
+    "pad",
+    "response_logits",
+    "scaled",
+    "sequence_logps",
+    "target_direction",
+    "thirds",
+    "token_logps",
+    "token_scores",
+]
