@@ -22,6 +22,7 @@ from .batch import Batch, concatenate, pad
 from .controls import Control, apply, thirds
 from .faithful import faithful
 from .likelihood import entropy_and_kl, response_logits, sequence_logps, token_logps
+from .losses import from_loss, logit_contributions
 from .weights import TokenWeights
 
 __all__ = [
@@ -36,8 +37,10 @@ __all__ = [
     "concatenate",
     "entropy_and_kl",
     "faithful",
+    "from_loss",
     "gradient",
     "inner",
+    "logit_contributions",
     "norm",
     "pad",
     "response_logits",

@@ -108,8 +108,13 @@ def scaled(direction: Direction, scale: Direction) -> Direction:
     return {name: t * scale[name] for name, t in direction.items()}
 
 
-def _forward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
-    """One forward-mode pass: value and directional derivative together (Baydin et al. 2022 use the same product)."""
+def logits_with_tangent(
+    model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`response_logits` [N, C, V] and their derivative along `direction` by one forward-mode pass, and the columns [C].
+
+    Value and directional derivative come together (Baydin et al. 2022 use the same product).
+    """
     tangents = {f"model.{name}": t for name, t in direction.items()}
     params = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     fixed = {name: p for name, p in params.items() if name not in tangents}
@@ -120,8 +125,14 @@ def _forward(model: PreTrainedModel, batch: Batch, direction: Direction, tempera
         return torch.func.functional_call(wrapped, {**fixed, **moved}, (batch,))
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-        value, tangent = torch.func.jvp(logits, (moving,), (tangents,))
-        return _log_softmax_with_tangent(value, tangent, batch)
+        return *torch.func.jvp(logits, (moving,), (tangents,)), response_columns(batch)
+
+
+@torch.no_grad()
+def _forward(model: PreTrainedModel, batch: Batch, direction: Direction, temperature: float) -> Scored:
+    """One forward-mode pass."""
+    value, tangent, _ = logits_with_tangent(model, batch, direction, temperature)
+    return _log_softmax_with_tangent(value, tangent, batch)
 
 
 def _log_softmax_with_tangent(logits: torch.Tensor, tangent: torch.Tensor, batch: Batch, block: int = 2**22) -> Scored:

@@ -1,3 +1,3 @@
 """Methods: what a step of preference optimisation does, as token weights."""
 
-__all__ = ["objectives", "rollout"]  # rooms, imported one by one
+__all__ = ["base", "objectives", "rollout"]  # rooms, imported one by one
