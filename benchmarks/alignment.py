@@ -35,7 +35,7 @@ from prefdyn.lab import policy
 from prefdyn.lens import alignment, controls, likelihood
 from prefdyn.lens.batch import Batch
 from prefdyn.lens.weights import TokenWeights
-from prefdyn.methods import objectives
+from prefdyn.methods.dpo import dpo_weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def make_case(size: Size, real_direction: bool = True) -> Case:
         direction = alignment.target_direction(model, random_batch(size.vocab, seed=3))
     else:
         direction = {name: p.detach().clone() for name, p in model.named_parameters()}
-    return Case(model, batch, direction, objectives.dpo_weights(batch.response, omega, BETA))
+    return Case(model, batch, direction, dpo_weights(batch.response, omega, BETA))
 
 
 @torch.no_grad()

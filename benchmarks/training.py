@@ -40,7 +40,8 @@ from prefdyn.lab.runs import RunStore
 from prefdyn.lab.train import update
 from prefdyn.lens import likelihood
 from prefdyn.lens.batch import Batch, concatenate
-from prefdyn.methods import objectives
+from prefdyn.methods.dpo import DPO
+from prefdyn.methods.ppo import PPO, ppo_surrogate
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -97,7 +98,7 @@ def plain_step(
     return {name: value.item() for name, value in (logged | {"loss": loss, "gradient_norm": norm}).items()}
 
 
-def steps(objective: objectives.DPO | objectives.PPO, loss_of: Loss) -> dict[str, Step]:
+def steps(objective: DPO | PPO, loss_of: Loss) -> dict[str, Step]:
     """Our step on all examples of an objective, and the plain ones on the same batch."""
     index = torch.arange(objective.size)
     batch = objective.batch(index)
@@ -119,7 +120,7 @@ def dpo_steps(model: PreTrainedModel, chosen: Batch, rejected: Batch) -> dict[st
         margin = (pi_chosen - ref_chosen) - (pi_rejected - ref_rejected)
         return -F.logsigmoid(BETA * margin).mean(), {"margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
 
-    return steps(objectives.DPO(chosen, rejected, ref_chosen, ref_rejected, BETA), loss_of)
+    return steps(DPO(chosen, rejected, ref_chosen, ref_rejected, BETA), loss_of)
 
 
 def ppo_steps(model: PreTrainedModel, rollouts: Batch) -> dict[str, Step]:
@@ -134,9 +135,9 @@ def ppo_steps(model: PreTrainedModel, rollouts: Batch) -> dict[str, Step]:
         old, given, inside = (t[:, -logps.shape[1] :] for t in (old_logps, advantages, rollouts.response))
         moved = (logps.detach() - old)[inside]
         logged = {"moved": -moved.mean(), "clip_fraction": ((moved.exp() - 1).abs() > CLIP).float().mean()}
-        return objectives.ppo_surrogate(logps, old, given, inside, CLIP), logged
+        return ppo_surrogate(logps, old, given, inside, CLIP), logged
 
-    return steps(objectives.PPO(rollouts, old_logps, advantages, CLIP), loss_of)
+    return steps(PPO(rollouts, old_logps, advantages, CLIP), loss_of)
 
 
 def disagreement(model: PreTrainedModel, methods: dict[str, Step]) -> float:

@@ -10,7 +10,8 @@ from prefdyn.lens import alignment, controls, likelihood
 from prefdyn.lens.batch import Batch, pad
 from prefdyn.lens.faithful import faithful
 from prefdyn.lens.likelihood import sequence_logps, token_logps
-from prefdyn.methods import objectives
+from prefdyn.methods.dpo import dpo_weights
+from prefdyn.methods.sft import sft_weights
 from toys.models import ARCHITECTURES, VOCAB, Table, build, lift_float32, random_batch
 from transformers import AttentionInterface
 
@@ -37,7 +38,7 @@ def test_by_hand(double):
         assert torch.allclose(scores, expected, atol=1e-8), method
         assert torch.allclose(logps, token_logps(model, batch))
     # SFT on these three demonstrations, 1/3 a token: G = (1/2 - 1/2 + 0) / 3 = 0, and row by row
-    weights = objectives.sft_weights(batch.response)
+    weights = sft_weights(batch.response)
     assert alignment.by_sequence(weights, scores, "full").tolist() == pytest.approx([1 / 6, -1 / 6, 0])
 
 
@@ -61,7 +62,7 @@ def setting(architecture: str, side: str = "right"):
     model = build(architecture)
     batch, targets = random_batch(8, seed=1, side=side), random_batch(3, seed=2, side=side)
     omega = torch.linspace(0.2, 0.7, 4)
-    return model, batch, objectives.dpo_weights(batch.response, omega, beta=0.3), targets
+    return model, batch, dpo_weights(batch.response, omega, beta=0.3), targets
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -5,12 +5,13 @@ import torch
 from prefdyn.lens import controls
 from prefdyn.lens.controls import Control, check_schedule, factor
 from prefdyn.lens.weights import TokenWeights
-from prefdyn.methods import objectives
+from prefdyn.methods.dpo import dpo_omega, dpo_weights
+from prefdyn.methods.ppo import ppo_weights
 
 # Three pairs of one-token responses, chosen rows first. Omegas 0.2, 0.9, 0.4; beta 1: w = +-omega / 3.
 OMEGA = torch.tensor([0.2, 0.9, 0.4])
 RESPONSE = torch.tensor([[False, True]] * 6)
-PAIRS = objectives.dpo_weights(RESPONSE, OMEGA, beta=1.0)
+PAIRS = dpo_weights(RESPONSE, OMEGA, beta=1.0)
 
 
 def column(control: str) -> list[float]:
@@ -42,7 +43,7 @@ def test_every_control_is_tested_by_hand():
 
 # Rollouts before their first step, with advantages 3, -1, 1/2 in one reply and -2, 0, 4 in another: w = A / 6.
 ADVANTAGES = torch.tensor([[9.0, 3.0, -1.0, 0.5], [9.0, -2.0, 0.0, 4.0]])
-TOKENS = objectives.ppo_weights(
+TOKENS = ppo_weights(
     torch.zeros(2, 4), torch.zeros(2, 4), ADVANTAGES, torch.tensor([[False, True, True, True]] * 2), clip=0.2
 )
 
@@ -68,7 +69,7 @@ def test_tokens_of_rollouts_by_hand(control, expected):
 def test_uniform_does_not_wake_what_the_clip_holds():
     """Ratio 2, advantages 1 and -3: the first is held and stays at 0, the second gets the mean, 2, for its 3."""
     now, response = torch.full((1, 2), 2.0).log(), torch.ones(1, 2, dtype=torch.bool)
-    weights = objectives.ppo_weights(now, torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]), response, clip=0.2)
+    weights = ppo_weights(now, torch.zeros(1, 2), torch.tensor([[1.0, -3.0]]), response, clip=0.2)
     assert controls.apply("uniform", weights)[0].tolist() == pytest.approx([0, 2 * -2 / 2])
 
 
@@ -76,7 +77,7 @@ def test_uniform_does_not_wake_what_the_clip_holds():
 def weights() -> TokenWeights:
     rng = torch.Generator().manual_seed(0)
     response = torch.rand(22, 7, generator=rng) < 0.6
-    return objectives.dpo_weights(response, torch.rand(11, generator=rng), beta=0.1)
+    return dpo_weights(response, torch.rand(11, generator=rng), beta=0.1)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def rollout_weights() -> TokenWeights:
     rng = torch.Generator().manual_seed(1)
     response = torch.rand(22, 7, generator=rng) < 0.6
     now, then, advantages = (torch.randn(22, 7, generator=rng) for _ in range(3))
-    return objectives.ppo_weights(now / 3, then / 3, advantages, response, clip=0.2)
+    return ppo_weights(now / 3, then / 3, advantages, response, clip=0.2)
 
 
 @pytest.mark.parametrize("objective", ["weights", "rollout_weights"])
@@ -120,7 +121,7 @@ def test_there_are_no_thirds_of_ties(strength):
     strength = torch.tensor(strength)
     assert (controls.thirds(strength) == -1).all()
     response = torch.tensor([[False, True]] * 2 * len(strength))
-    weights = objectives.dpo_weights(response, strength, beta=1.0)
+    weights = dpo_weights(response, strength, beta=1.0)
     for control in controls.THIRDS:
         w = controls.apply(control, weights)
         assert w[response].isnan().all() and (w[~response] == 0).all()
@@ -141,8 +142,8 @@ def test_training_uses_the_control_where_it_is_defined(weights):
 
 def test_uniform_holds_pairs_that_dpo_has_long_forgotten():
     """Margins of 0 and 2,000 nats at beta 0.1: omega 1/2 and, to float32, nothing; uniform gives both 1/4."""
-    omega = objectives.dpo_omega(torch.tensor([0.0, 2_000.0]), beta=0.1)
-    weights = objectives.dpo_weights(torch.tensor([[False, True]] * 4), omega, beta=0.1)
+    omega = dpo_omega(torch.tensor([0.0, 2_000.0]), beta=0.1)
+    weights = dpo_weights(torch.tensor([[False, True]] * 4), omega, beta=0.1)
     w = controls.apply("uniform", weights)
     assert (w[:, 1] * 2 / 0.1).tolist() == pytest.approx([0.25, 0.25, -0.25, -0.25])
 

@@ -11,7 +11,9 @@ import torch
 from prefdyn.lab import exact, train
 from prefdyn.lens import alignment, controls
 from prefdyn.lens.likelihood import token_logps
-from prefdyn.methods import objectives
+from prefdyn.methods.dpo import DPO
+from prefdyn.methods.ppo import ppo_weights
+from prefdyn.methods.sft import SFT, sft_weights
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "06-exact.ipynb"
 BETA = 0.3
@@ -149,7 +151,7 @@ def test_g_equals_the_language_models_code(shared):
     assert close(a.sum(-1), scores)
     demonstrations = exact.say([1, 1, 2])
     _, a = alignment.token_scores(model, demonstrations, direction)
-    g = alignment.by_sequence(objectives.sft_weights(demonstrations.response), a, "full").sum()
+    g = alignment.by_sequence(sft_weights(demonstrations.response), a, "full").sum()
     mu = torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0]) / 3
     assert close(g, exact.ascent(mu, pi, features) @ exact.ascent(q, pi, features))
     assert close(g, mu @ scores)
@@ -163,7 +165,7 @@ def test_a_pair_and_its_halves_equal_the_language_models_code(shared):
     c, r = 1, 3
     model, batch = exact.Enumerated(theta, features), exact.say([c, r])
     direction = alignment.target_direction(model, exact.say([4]))
-    objective = objectives.DPO(exact.say([c]), exact.say([r]), ref[[c]], ref[[r]], BETA)
+    objective = DPO(exact.say([c]), exact.say([r]), ref[[c]], ref[[r]], BETA)
     logps, a = alignment.token_scores(model, batch, direction)
     weights = objective.weights(logps, batch, torch.tensor([0]))
     omega = float(torch.sigmoid(-BETA * (logp[c] - ref[c] - logp[r] + ref[r])))
@@ -195,7 +197,7 @@ def test_a_baseline_moves_weight_between_halves_only(shared):
     found = {}
     for b in (0.0, 2.5):
         spread = torch.where(every.response, (advantages + b)[:, None], 0.0)
-        weights = objectives.ppo_weights(logps, uniform, spread, every.response, math.inf)
+        weights = ppo_weights(logps, uniform, spread, every.response, math.inf)
         for part, kept in (("full", (None, None)), ("positive", (0, None)), ("negative", (None, 0))):
             w = controls.apply(part, weights)
             found[part, b] = alignment.gradient(model, [(every, w)])["theta"]
@@ -241,7 +243,7 @@ def test_change_of_log_probabilities_by_a_step_of_any_size(shared, eta):
 def test_the_trainers_own_step_changes_log_probabilities_as_the_formula_says(shared):
     theta, features, logp = setting(shared)
     model = exact.Enumerated(theta, features)
-    objective = objectives.SFT(exact.say([2, 2, 0, 4]))
+    objective = SFT(exact.say([2, 2, 0, 4]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.7)
     train.update(model, objective, optimizer, torch.arange(4), clip=0)
     move = 0.7 * exact.ascent(torch.tensor([0.25, 0.0, 0.5, 0.0, 0.25]), logp.exp(), features)

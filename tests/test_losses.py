@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from prefdyn.lens import alignment, losses
 from prefdyn.lens.likelihood import response_columns, response_logits, token_logps
-from prefdyn.methods import objectives
+from prefdyn.methods.dpo import dpo_loss, dpo_margin, dpo_omega, dpo_weights
+from prefdyn.methods.ppo import ppo_surrogate, ppo_weights
+from prefdyn.methods.sft import sft_weights
 from toys.models import ARCHITECTURES, build, lift_float32, random_batch
 
 
@@ -50,24 +52,22 @@ def test_published_losses_give_the_analytic_weights(double):
     rng = torch.Generator().manual_seed(0)
     logps = -torch.rand(batch.ids.shape, generator=rng) * batch.response
     sft = losses.from_loss(lambda x: -x[batch.response].sum() / len(batch), logps, batch.response)
-    assert torch.allclose(sft.w, objectives.sft_weights(batch.response).w, atol=1e-15)
+    assert torch.allclose(sft.w, sft_weights(batch.response).w, atol=1e-15)
 
     ref_chosen, ref_rejected = -torch.rand(2, 3, generator=rng) * 9
 
     def margin(x):
         chosen, rejected = (x * batch.response).sum(-1).chunk(2)
-        return objectives.dpo_margin(chosen, rejected, ref_chosen, ref_rejected)
+        return dpo_margin(chosen, rejected, ref_chosen, ref_rejected)
 
-    dpo = losses.from_loss(lambda x: objectives.dpo_loss(margin(x), 0.3).mean(), logps, batch.response)
-    omega = objectives.dpo_omega(margin(logps), 0.3)
-    assert torch.allclose(dpo.w, objectives.dpo_weights(batch.response, omega, 0.3).w, atol=1e-15)
+    dpo = losses.from_loss(lambda x: dpo_loss(margin(x), 0.3).mean(), logps, batch.response)
+    omega = dpo_omega(margin(logps), 0.3)
+    assert torch.allclose(dpo.w, dpo_weights(batch.response, omega, 0.3).w, atol=1e-15)
 
     old = logps + 0.3 * torch.randn(logps.shape, generator=rng) * batch.response
     advantages = torch.randn(logps.shape, generator=rng)
-    ppo = losses.from_loss(
-        lambda x: objectives.ppo_surrogate(x, old, advantages, batch.response, 0.2), logps, batch.response
-    )
-    expected = objectives.ppo_weights(logps, old, advantages, batch.response, 0.2)
+    ppo = losses.from_loss(lambda x: ppo_surrogate(x, old, advantages, batch.response, 0.2), logps, batch.response)
+    expected = ppo_weights(logps, old, advantages, batch.response, 0.2)
     assert torch.allclose(ppo.w, expected.w, atol=1e-15) and (expected.w[batch.response] == 0).any()
 
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from prefdyn.lens.batch import Batch, concatenate, pad
 from prefdyn.lens.likelihood import sequence_logps, token_logps
 from prefdyn.lens.weights import TokenWeights
-from prefdyn.methods import objectives
-from prefdyn.methods.objectives import DPO, PPO, SFT
+from prefdyn.methods.dpo import DPO, dpo_loss, dpo_margin, dpo_omega, dpo_weights
+from prefdyn.methods.ppo import PPO, ppo_surrogate, ppo_weights
+from prefdyn.methods.sft import SFT, sft_weights
 from toys.models import Table, build, lift_float32, random_batch
 
 BETA = 0.3
@@ -109,11 +110,11 @@ def test_before_the_first_step_dpo_knows_nothing(double):
 def test_dpo_by_hand():
     """Margin (-1 + 2) - (-3 + 2.5) = 1.5; at beta 2: loss = log(1 + e^-3), omega = 1 / (1 + e^3)."""
     chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([v]) for v in (-1.0, -3.0, -2.0, -2.5))
-    margin = objectives.dpo_margin(chosen, rejected, ref_chosen, ref_rejected)
+    margin = dpo_margin(chosen, rejected, ref_chosen, ref_rejected)
     assert margin.item() == 1.5
-    assert objectives.dpo_loss(margin, 2.0).item() == pytest.approx(math.log(1 + math.exp(-3)))
-    assert objectives.dpo_omega(margin, 2.0).item() == pytest.approx(1 / (1 + math.exp(3)))
-    assert objectives.dpo_loss(torch.zeros(1), 0.1).item() == pytest.approx(math.log(2))
+    assert dpo_loss(margin, 2.0).item() == pytest.approx(math.log(1 + math.exp(-3)))
+    assert dpo_omega(margin, 2.0).item() == pytest.approx(1 / (1 + math.exp(3)))
+    assert dpo_loss(torch.zeros(1), 0.1).item() == pytest.approx(math.log(2))
 
 
 def test_ties_count_half_in_the_accuracy():
@@ -127,7 +128,7 @@ def test_ties_count_half_in_the_accuracy():
 
 def test_sft_weights_by_hand():
     response = torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool)
-    weights = objectives.sft_weights(response)
+    weights = sft_weights(response)
     assert weights.w.tolist() == [[0, 0.5, 0.5], [0, 0, 0.5]]
     assert weights.unit.tolist() == [[-1, 0, 0], [-1, -1, 1]]
     assert weights.strength.tolist() == [1, 1]
@@ -136,14 +137,14 @@ def test_sft_weights_by_hand():
 def test_dpo_weights_by_hand():
     """Two pairs, beta 1/2: chosen tokens weigh 0.5 * omega / 2, rejected ones the opposite."""
     response = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 1]], dtype=torch.bool)
-    weights = objectives.dpo_weights(response, torch.tensor([0.4, 0.8]), beta=0.5)
+    weights = dpo_weights(response, torch.tensor([0.4, 0.8]), beta=0.5)
     assert torch.allclose(weights.w, torch.tensor([[0, 0.1], [0.2, 0.2], [-0.1, 0], [0, -0.2]]))
     assert weights.unit.tolist() == [[-1, 0], [1, 1], [0, -1], [-1, 1]]
 
 
 def test_omega_never_vanishes():
     """At a margin of 2,000 nats omega underflows float32; what it multiplies must not be lost (see controls)."""
-    omega = objectives.dpo_omega(torch.tensor([2_000.0, 0.0]), beta=0.1)
+    omega = dpo_omega(torch.tensor([2_000.0, 0.0]), beta=0.1)
     assert 0 < omega[0] < 1e-29 and omega[1] == 0.5
 
 
@@ -173,8 +174,8 @@ def ppo_cases():
 def test_ppo_weights_by_hand(double):
     given, surrogate, expected = ppo_cases()
     response = given[-1]
-    assert objectives.ppo_surrogate(*given, clip=0.2).item() == pytest.approx(-surrogate.mean().item())
-    weights = objectives.ppo_weights(*given, clip=0.2)
+    assert ppo_surrogate(*given, clip=0.2).item() == pytest.approx(-surrogate.mean().item())
+    weights = ppo_weights(*given, clip=0.2)
     assert (7 * weights.w[response]).tolist() == pytest.approx(expected.tolist())
     assert (weights.w[~response] == 0).all()
     assert weights.unit.tolist() == [[-1, 0, 1, 2, 3, -1], [-1, -1, 4, 5, 6, -1]]
@@ -203,8 +204,8 @@ def test_ppo_weights_are_the_gradient_by_log_probs(double):
     now, then, advantages = (torch.cat([t, torch.randn(40, 6, generator=rng)]) for t in (now, then, advantages))
     response = torch.cat([response, torch.rand(40, 6, generator=rng) < 0.7])
     now.requires_grad_()
-    (gradient,) = torch.autograd.grad(objectives.ppo_surrogate(now, then, advantages, response, 0.2), now)
-    w = objectives.ppo_weights(now.detach(), then, advantages, response, 0.2).w
+    (gradient,) = torch.autograd.grad(ppo_surrogate(now, then, advantages, response, 0.2), now)
+    w = ppo_weights(now.detach(), then, advantages, response, 0.2).w
     assert (w + gradient).abs().max() < 1e-10 < w.abs().max()
 
 
@@ -260,7 +261,7 @@ def test_before_its_first_step_ppo_follows_its_advantages(double):
         (lambda: TokenWeights(torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 4)), r"\(2, 3\) and unit \(2, 4\)"),
         (lambda: TokenWeights(torch.zeros(3), torch.zeros(2), torch.zeros(3)), "must share one shape"),
         (lambda: TokenWeights(torch.zeros(2, 3), torch.zeros(2, 1), torch.zeros(2, 3)), r"must be \[U\]"),
-        (lambda: objectives.dpo_weights(torch.ones(3, 2, dtype=torch.bool), torch.ones(2), 0.1), "3 rows for 2 pairs"),
+        (lambda: dpo_weights(torch.ones(3, 2, dtype=torch.bool), torch.ones(2), 0.1), "3 rows for 2 pairs"),
         (
             lambda: DPO(random_batch(3), random_batch(2), torch.zeros(3), torch.zeros(3), 0.1),
             r"differ in number: \[2, 3\]",

@@ -165,7 +165,7 @@ def test_the_fingerprint_changes_with_code_that_is_reached_and_nothing_else(pack
 
 def test_results_do_not_depend_on_the_code_of_store_pages_or_command_line():
     reached = {name.rpartition(".")[2] for name in fingerprint._reached("prefdyn.findings.measure")}
-    assert reached >= {"measure", "recipes", "train", "alignment", "controls", "objectives", "policy", "data", "world"}
+    assert reached >= {"measure", "recipes", "train", "alignment", "controls", "sft", "policy", "data", "world"}
     assert not reached & {"runs", "page", "plots", "cli", "params", "plan", "stats"}
 
 

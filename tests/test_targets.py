@@ -12,7 +12,9 @@ from prefdyn.lab import chat, evaluate, policy, recipes
 from prefdyn.lab.runs import RunStore
 from prefdyn.lens import alignment, likelihood
 from prefdyn.lens.batch import pad
-from prefdyn.methods.objectives import DPO, PPO, SFT
+from prefdyn.methods.dpo import DPO
+from prefdyn.methods.ppo import PPO
+from prefdyn.methods.sft import SFT
 from toys.models import Table, build, lift_float32, random_batch
 
 # checkpoints at 2 * (i / 2)^1.5 = 0, 0.7, 2 for PPO, and likewise at 0, 2, 6 for DPO

@@ -12,7 +12,9 @@ from prefdyn.lab import train
 from prefdyn.lab.train import Optimisation
 from prefdyn.lens.controls import Control
 from prefdyn.lens.likelihood import sequence_logps, token_logps
-from prefdyn.methods.objectives import DPO, PPO, SFT
+from prefdyn.methods.dpo import DPO
+from prefdyn.methods.ppo import PPO
+from prefdyn.methods.sft import SFT
 from toys.models import build, random_batch
 
 CONFIG = Optimisation(steps=12, batch_size=4, lr=1e-2, seed=3)

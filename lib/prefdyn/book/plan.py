@@ -12,10 +12,11 @@ from ..findings.measure import AlignmentRun
 from ..findings.targets import TargetSpec, TargetsRun
 from ..lab import checkpoints, recipes, sources, world
 from ..lab.ppo import PPORun, RewardRun
-from ..lab.recipes import DataSpec, DPORun, ModelSpec, PolicySpec, SFTRun, dataset
+from ..lab.recipes import DataSpec, ModelSpec, PairRun, PolicySpec, SFTRun, dataset
 from ..lab.train import Optimisation
 from ..lens import alignment
 from ..lens.controls import Control
+from ..methods import registry
 from . import variants
 from .params import ParameterError, Parameters
 
@@ -149,10 +150,13 @@ def sft_run(p: Parameters, seed: int) -> SFTRun:
     )
 
 
-def dpo_run(p: Parameters, seed: int, part: str = "full", long: bool = False) -> DPORun:
-    """DPO from the SFT policy of the same seed, with a part of its weights (one of `controls.CONTROLS`).
+def pair_run(
+    p: Parameters, seed: int, method: str, part: str = "full", long: bool = False, lr: float | None = None, **settings
+) -> PairRun:
+    """A method of preference pairs from the SFT policy of the same seed, with a part of its weights.
 
-    `long` trains for `long_epochs` at a constant learning rate.
+    method: a name in `methods.registry`; settings: its own numbers, by default those of its file. part: one of
+    `controls.CONTROLS`. `long` trains for `long_epochs` at a constant learning rate. lr: by default the parameter's.
     """
     sft = sft_run(p, seed)
     data = data_spec(p, seed)
@@ -162,15 +166,16 @@ def dpo_run(p: Parameters, seed: int, part: str = "full", long: bool = False) ->
             f"batch: given {p.batch} (int), more than the {pairs} pairs to train on; allowed: 1 to {pairs}"
         )
     steps = max(1, round((p.long_epochs if long else p.epochs) * pairs / p.batch))
-    return DPORun(
+    return PairRun(
         sft=sft,
         data=data,
-        beta=p.beta,
+        method=method,
+        settings=registry.settings(method, settings),
         control=Control(part=part),
         optimisation=Optimisation(
             steps=steps,
             batch_size=p.batch,
-            lr=p.lr,
+            lr=p.lr if lr is None else lr,
             optimizer=p.optimizer,
             schedule="constant" if long else "linear",
             micro_batch=p.micro_batch,
@@ -178,6 +183,11 @@ def dpo_run(p: Parameters, seed: int, part: str = "full", long: bool = False) ->
         ),
         checkpoints=p.checkpoints,
     )
+
+
+def dpo_run(p: Parameters, seed: int, part: str = "full", long: bool = False) -> PairRun:
+    """DPO with the parameters' beta, as `pair_run`."""
+    return pair_run(p, seed, "dpo", part, long, beta=p.beta)
 
 
 def reward_run(p: Parameters, seed: int) -> RewardRun:
@@ -254,7 +264,7 @@ def ppo_run(
     )
 
 
-def variant_run(p: Parameters, seed: int, method: str, name: str, long: bool = False) -> DPORun | PPORun:
+def variant_run(p: Parameters, seed: int, method: str, name: str, long: bool = False) -> PairRun | PPORun:
     """A controlled variant (`variants`) of "dpo" or "ppo": the plain run of the same seed in all but its control.
 
     long: of the over-long DPO run. A named schedule is stretched over it, a free one keeps its steps.
@@ -298,18 +308,18 @@ def target_choices(p: Parameters) -> dict[str, TargetSpec]:
     }
 
 
-def targets_run(p: Parameters, run: SFTRun | DPORun | PPORun, choices: dict[str, TargetSpec]) -> TargetsRun:
+def targets_run(p: Parameters, run: SFTRun | PairRun | PPORun, choices: dict[str, TargetSpec]) -> TargetsRun:
     """G and cosine of a training run on the check probe, with several choices of D'."""
     return TargetsRun(run=run, choices=choices, probe="check", size=p.choice_probe)
 
 
-def exploration_run(p: Parameters, run: DPORun | PPORun) -> ExplorationRun:
+def exploration_run(p: Parameters, run: PairRun | PPORun) -> ExplorationRun:
     """What a training run's policies say when they are asked again and again."""
     return ExplorationRun(run=run, prompts=p.explore_prompts, samples=p.explore_samples)
 
 
 def alignment_run(
-    p: Parameters, run: SFTRun | DPORun | PPORun, probe: str = "train", aware: bool = True
+    p: Parameters, run: SFTRun | PairRun | PPORun, probe: str = "train", aware: bool = True
 ) -> AlignmentRun:
     """The measurement of a training run on one probe, with the declared choices of the parameters.
 
@@ -319,7 +329,7 @@ def alignment_run(
         run=run,
         targets=target_spec(p),
         probe=probe,
-        size=p.ppo_probe if run.kind == "ppo" else p.probe,
+        size=p.ppo_probe if run.takes == "rollouts" else p.probe,
         method=measuring_method(p),
         aware=aware,
     )

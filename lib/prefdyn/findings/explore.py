@@ -67,7 +67,7 @@ class ExplorationRun(recipes.Spec):
     """Several sampled replies to each of some held-out prompts, at every checkpoint of a training run."""
 
     kind: Literal["exploration"] = "exploration"
-    run: recipes.DPORun | ppo.PPORun
+    run: recipes.PairRun | ppo.PPORun
     prompts: int  # at most
     samples: int  # replies to each
 

@@ -68,7 +68,7 @@ class AlignmentRun(recipes.Spec):
     """G and its components on one probe, at every checkpoint of a training run, raw and for the optimiser's steps."""
 
     kind: Literal["alignment"] = "alignment"
-    run: recipes.SFTRun | recipes.DPORun | ppo.PPORun
+    run: recipes.SFTRun | recipes.PairRun | ppo.PPORun
     targets: TargetSpec
     probe: Literal["train", "check"]
     size: int  # examples measured at most: pairs for DPO, demonstrations for SFT, replies for PPO
@@ -79,7 +79,7 @@ class AlignmentRun(recipes.Spec):
         return [self.run, *self.run.parents()]
 
     def work(self) -> float:
-        rows = self.size * (1 if self.run.kind == "sft" else 2)
+        rows = self.size * (1 if self.run.takes == "demonstrations" else 2)
         return (3.6 if self.aware else 1.6) * rows * len(self.run.steps())  # rows trained on in the same time
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
@@ -89,7 +89,7 @@ class AlignmentRun(recipes.Spec):
         learning rate; g_opt is the optimiser-aware one (under SGD, g as far as clipping lets it through; NaN if it was
         not asked for); moved is the inner product of d with the update from here to the next checkpoint, in nats.
         Columns of sequences: step, example, its contribution to each component and opt, that to g_opt of the whole; for
-        DPO also omega, margin, and the scores of its chosen and rejected response.
+        pairs also omega (their strength), margin, and the scores of its chosen and rejected response.
         Columns of tokens: step and those of `token_table`.
         """
         run = store.get(self.run)
@@ -143,11 +143,11 @@ class AlignmentRun(recipes.Spec):
         sequences = {"example": np.arange(n, dtype=np.int32)}
         sequences |= {k: g.astype(np.float32) for k, g in examples.items()}
         sequences["opt"] = examples_opt["full"].astype(np.float32)
-        if self.run.kind == "dpo":
-            chosen, rejected = scores.sum(-1).chunk(2)
+        if self.run.takes == "pairs":
+            chosen, rejected, *_ = scores.sum(-1).split(n)
             sequences |= {
                 "omega": weights.strength.float().cpu().numpy(),
-                "margin": objective.margin(logps, index).float().cpu().numpy(),
+                "margin": objective.pairs(logps, batch.response, index).margin().float().cpu().numpy(),
                 "a_chosen": chosen.float().cpu().numpy(),
                 "a_rejected": rejected.float().cpu().numpy(),
             }

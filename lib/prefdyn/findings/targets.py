@@ -76,7 +76,7 @@ class TargetsRun(recipes.Spec):
     """
 
     kind: Literal["targets"] = "targets"
-    run: recipes.SFTRun | recipes.DPORun | ppo.PPORun
+    run: recipes.SFTRun | recipes.PairRun | ppo.PPORun
     choices: dict[str, TargetSpec]
     probe: Literal["train", "check"]
     size: int  # examples measured at most
@@ -85,7 +85,7 @@ class TargetsRun(recipes.Spec):
         return [self.run, *self.run.parents()]
 
     def work(self) -> float:
-        rows = self.size * (1 if self.run.kind == "sft" else 2)
+        rows = self.size * (1 if self.run.takes == "demonstrations" else 2)
         return (2.0 * rows + sum(choice.count for choice in self.choices.values())) * len(self.run.steps())
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:

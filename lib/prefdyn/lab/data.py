@@ -158,6 +158,14 @@ def from_file(
     )
 
 
+def mismatched(rows: Sequence[dict]) -> list[dict]:
+    """Each prompt with the chosen response of the pair after it, the last one with the first's."""
+    return [
+        {"prompt": row["prompt"], "chosen": other["chosen"]}
+        for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)
+    ]
+
+
 def under_limits(known: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Dataset:
     """The world with its account: the same where no text is longer than the limits, else without what they make equal.
 

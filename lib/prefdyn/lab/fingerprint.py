@@ -87,10 +87,11 @@ def _reached(module: str) -> dict[str, ast.Module]:
 
 
 @functools.cache
-def code_fingerprint(module: str) -> str:
-    """Hash of the code that `module` reaches. Comments, layout and docstrings do not count."""
+def code_fingerprint(*modules: str) -> str:
+    """Hash of the code that `modules` reach. Comments, layout and docstrings do not count."""
     digest = hashlib.sha256()
-    for name, tree in _reached(module).items():
+    trees = {name: tree for module in modules for name, tree in _reached(module).items()}
+    for name, tree in sorted(trees.items()):
         digest.update(f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode())
     return digest.hexdigest()
 
@@ -191,6 +192,15 @@ def _models(value: Any) -> Iterator[BaseModel]:
             yield from _models(part)
 
 
+def modules_of(spec: BaseModel) -> list[str]:
+    """The modules that a spec's results depend on: its own, and those that it or a part of it names by `reaches()`.
+
+    The latter are found at run time, such as that of a method by its name; no import leads to them.
+    """
+    found = {module for model in _models(spec) for module in getattr(model, "reaches", list)()}
+    return [type(spec).__module__, *sorted(found)]
+
+
 def _carried(spec: BaseModel) -> set[str]:
     """What a spec carries of the library's values, in itself and in its parents, e.g. {"world.SKILLS"}."""
     own = {name for model in _models(spec) for name in getattr(type(model), "carries", ())}
@@ -209,7 +219,7 @@ def refuse_changes(spec: BaseModel) -> None:
             f"torch's default dtype is {torch.get_default_dtype()}, and runs are kept as of float32: call "
             "torch.set_default_dtype(torch.float32)"
         )
-    changed = _changed(module)
+    changed = set().union(*map(_changed, modules_of(spec)))
     if not changed:
         return
     files = {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}

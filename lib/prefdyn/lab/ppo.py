@@ -8,7 +8,7 @@ policy steps go through the same token weights and the same `update` as every ot
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..lens import likelihood
 from ..lens.batch import Batch, pad
 from ..lens.controls import Control
-from ..methods import rollout
-from ..methods.objectives import PPO
+from ..methods import dpo, rollout
+from ..methods.ppo import PPO
 from . import policy, recipes
 from .evaluate import reply, rewards
 from .train import Optimisation, digest, example_order, learning_rate, load_state, make_optimizer, save_state, update
@@ -136,6 +136,7 @@ class RewardRun(recipes.Spec):
 class PPORun(recipes.Training):
     """PPO from an SFT policy. `optimisation.steps` counts iterations, its batch size is that of a minibatch."""
 
+    takes: ClassVar[str] = "rollouts"
     kind: Literal["ppo"] = "ppo"
     sft: recipes.SFTRun
     data: recipes.DataSpec
@@ -310,7 +311,7 @@ class PPORun(recipes.Training):
         prompts = recipes.dataset(self.data).prompts["train"]
         if self.rollouts > len(prompts):
             raise ValueError(f"rollouts={self.rollouts}: more than the {len(prompts)} training prompts")
-        check = recipes.pairs_objective(store, tokenizer, self.scored(), "check", beta=0.1)
+        check = recipes.pairs_objective(store, tokenizer, self.scored(), "check", dpo.METHOD, {"beta": 0.1})
         parts = {"policy": (model, make_optimizer(model, self.optimisation))}
         parts["value"] = (value_model, make_optimizer(value_model, self.optimisation))
         if not (folder / "state.json").exists():

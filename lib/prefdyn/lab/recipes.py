@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,9 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..lens import likelihood
 from ..lens.batch import Batch
 from ..lens.controls import FULL, Control
-from ..methods.objectives import DPO, SFT
+from ..methods import registry
+from ..methods.base import Method, PairObjective
+from ..methods.sft import SFT
 from . import chat, checkpoints, data, layouts, policy, world
 from .account import Limits
+from .data import SIDES, mismatched
 from .evaluate import evaluate, win_rate
 from .train import Objective, Optimisation, adamw_scale, checkpoint_steps, fit, kept_by_clipping, second_moment
 
@@ -307,6 +310,7 @@ class _Fitted(Training):
 class SFTRun(_Fitted):
     """Supervised fine-tuning on demonstrations, from random weights or from a checkpoint."""
 
+    takes: ClassVar[str] = "demonstrations"
     kind: Literal["sft"] = "sft"
     data: DataSpec
     policy: PolicySpec
@@ -341,6 +345,7 @@ class ReferenceRun(Spec):
     kind: Literal["reference"] = "reference"
     sft: SFTRun
     data: DataSpec
+    mismatched: bool = False  # also of each chosen response after another prompt
 
     def parents(self) -> list[Spec]:
         return [self.sft]
@@ -349,40 +354,63 @@ class ReferenceRun(Spec):
         return (self.data.pairs + self.data.check) / 2
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        """Write train.parquet and check.parquet: a row a pair, log-probs of whole responses, nats."""
         model, tokenizer = final_policy(store.get(self.sft))
         known = dataset(self.data)
         for probe, rows in zip(PROBES, (known.pairs, known.check), strict=True):
-            columns = {
-                side: likelihood.sequence_logps(model, encode(self.data, tokenizer, rows, side)).cpu().numpy()
-                for side in ("chosen", "rejected")
-            }
+            batches = {side: encode(self.data, tokenizer, rows, side) for side in SIDES}
+            if self.mismatched:
+                batches["mismatched"] = encode(self.data, tokenizer, mismatched(rows), "chosen")
+            columns = {name: likelihood.sequence_logps(model, rows).cpu().numpy() for name, rows in batches.items()}
             pd.DataFrame(columns).to_parquet(folder / f"{probe}.parquet")
         tick(self.work())
 
 
 def pairs_objective(
-    store: "RunStore", tokenizer: PreTrainedTokenizerBase, scored: ReferenceRun, probe: str, beta: float
-) -> DPO:
-    """DPO's objective on the "train" or "check" pairs, with the SFT policy as the reference."""
+    store: "RunStore",
+    tokenizer: PreTrainedTokenizerBase,
+    scored: ReferenceRun,
+    probe: str,
+    method: Method,
+    settings: Mapping[str, float],
+) -> PairObjective:
+    """A method's objective on the "train" or "check" pairs, with the SFT policy as the reference."""
     known = dataset(scored.data)
     rows = known.pairs if probe == "train" else known.check
-    reference = store.get(scored).frame(probe)
-    ref_chosen, ref_rejected = (torch.tensor(reference[s].to_numpy(), device=device()) for s in ("chosen", "rejected"))
-    chosen, rejected = (encode(scored.data, tokenizer, rows, side) for side in ("chosen", "rejected"))
-    return DPO(chosen, rejected, ref_chosen, ref_rejected, beta)
+    table = store.get(scored).frame(probe)
+    reference = {name: torch.tensor(table[name].to_numpy(), device=device()) for name in table}
+    sides = [encode(scored.data, tokenizer, rows, side) for side in SIDES] + [reference[side] for side in SIDES]
+    if method.objective is not None:
+        return method.objective(*sides, **settings)
+    if not method.kl:
+        return PairObjective(method, *sides, **settings)
+    others = encode(scored.data, tokenizer, mismatched(rows), "chosen")
+    return PairObjective(method, *sides, others, reference["mismatched"], **settings)
 
 
-class DPORun(_Fitted):
-    """Direct preference optimisation from an SFT policy, under a control."""
+class PairRun(_Fitted):
+    """A method of preference pairs (`methods`) from an SFT policy, under a control."""
 
-    kind: Literal["dpo"] = "dpo"
     sft: SFTRun
     data: DataSpec
-    beta: float
+    method: str
+    settings: tuple[tuple[str, float], ...]
     control: Control
 
+    takes: ClassVar[str] = "pairs"
+
+    @property
+    def kind(self) -> str:
+        """What the run is called by in the store: its method."""
+        return self.method
+
+    def reaches(self) -> list[str]:
+        """The module of the method, which nothing imports by name."""
+        return [registry.module_of(self.method)]
+
     def scored(self) -> ReferenceRun:
-        return ReferenceRun(sft=self.sft, data=self.data)
+        """The reference log-probs that it starts from."""
+        return ReferenceRun(sft=self.sft, data=self.data, mismatched=registry.find(self.method).kl)
 
     def parents(self) -> list[Spec]:
         return [self.sft, self.scored()]
@@ -390,11 +418,13 @@ class DPORun(_Fitted):
     def work(self) -> float:
         return 2 * self.optimisation.steps * self.optimisation.batch_size
 
-    def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> DPO:
+    def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> PairObjective:
         """The objective on the pairs it trains on ("train") or on pairs like them ("check")."""
-        return pairs_objective(store, tokenizer, self.scored(), probe, self.beta)
+        method = registry.find(self.method)
+        return pairs_objective(store, tokenizer, self.scored(), probe, method, dict(self.settings))
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
+        """Write what every training run writes."""
         start = store.get(self.sft)
         model, tokenizer = final_policy(start)
         reference, _ = final_policy(start)

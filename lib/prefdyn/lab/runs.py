@@ -36,7 +36,7 @@ from filelock import FileLock, SoftFileLock
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from .fingerprint import RunError, code_fingerprint, refuse_changes
+from .fingerprint import RunError, code_fingerprint, modules_of, refuse_changes
 
 NUMERIC_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 MANIFEST = "manifest.json"
@@ -131,7 +131,7 @@ class RunStore:
         refuse_changes(spec)
         identity = {
             "spec": spec.model_dump(mode="json", context="identity"),  # without where files are that it hashes
-            "code": code_fingerprint(type(spec).__module__),
+            "code": code_fingerprint(*modules_of(spec)),
             "versions": versions(),
         }
         return f"{spec.kind}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -208,7 +208,7 @@ class RunStore:
         _write_json(
             folder / "provenance.json",
             {
-                "code": code_fingerprint(type(spec).__module__),
+                "code": code_fingerprint(*modules_of(spec)),
                 "versions": versions() | {"python": platform.python_version()},
                 "hardware": {
                     "system": platform.system(),
