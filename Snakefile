@@ -46,6 +46,7 @@ rule html:
         "book/_toc.yml",
         "book/references.bib",
         "data/architectures.csv",
+        "data/methods.csv",
         ASSETS,
     output:
         touch("_build/html/.complete"),

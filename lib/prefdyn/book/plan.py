@@ -1,5 +1,6 @@
 """From parameters to runs: which specs a chapter's parameters describe."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from ..findings.explore import ExplorationRun
 from ..findings.measure import AlignmentRun
 from ..findings.targets import TargetSpec, TargetsRun
 from ..lab import checkpoints, recipes, sources, world
+from ..lab.online import OnlineRun
 from ..lab.ppo import PPORun, RewardRun
 from ..lab.recipes import DataSpec, ModelSpec, PairRun, PolicySpec, SFTRun, dataset
 from ..lab.train import Optimisation
@@ -261,6 +263,36 @@ def ppo_run(
         lam=p.lam,
         whiten=p.whiten,
         stop_kl=p.stop_kl,
+    )
+
+
+def online_run(
+    p: Parameters,
+    seed: int,
+    method: str,
+    part: str = "full",
+    reward: str | None = None,
+    group: int = 4,
+    lr: float | None = None,
+    **settings,
+) -> OnlineRun:
+    """A method of rollouts without a value model, from the SFT policy of the same seed, with a part of its weights.
+
+    As many replies an iteration, the same reward and the same penalty as `ppo_run`. method: a name in
+    `methods.registry`; settings: its own numbers. group: replies to a prompt. lr: by default that of PPO's policy.
+    """
+    same = ppo_run(p, seed, part, reward)
+    if p.rollouts % group:
+        raise ParameterError(
+            f"rollouts: given {p.rollouts} (int); allowed here: a multiple of {group} replies a prompt"
+        )
+    return OnlineRun(
+        **{name: getattr(same, name) for name in ("sft", "data", "reward", "control", "checkpoints", "rollouts")},
+        **{name: getattr(same, name) for name in ("temperature", "epochs", "kl_coefficient", "kl_estimator")},
+        optimisation=dataclasses.replace(same.optimisation, lr=p.ppo_lr if lr is None else lr),
+        method=method,
+        settings=registry.settings(method, settings),
+        group=group,
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from ..lab import policy, ppo, recipes, world
+from ..lab import online, policy, ppo, recipes, world
 from ..lab.evaluate import reply, rewards
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ExplorationRun(recipes.Spec):
     """Several sampled replies to each of some held-out prompts, at every checkpoint of a training run."""
 
     kind: Literal["exploration"] = "exploration"
-    run: recipes.PairRun | ppo.PPORun
+    run: recipes.PairRun | online.OnlineRun | ppo.PPORun
     prompts: int  # at most
     samples: int  # replies to each
 

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..lab import ppo, recipes
+from ..lab import online, ppo, recipes
 from ..lens import alignment, controls
 from ..lens.batch import Batch
 from ..lens.likelihood import sequence_logps
@@ -68,7 +68,7 @@ class AlignmentRun(recipes.Spec):
     """G and its components on one probe, at every checkpoint of a training run, raw and for the optimiser's steps."""
 
     kind: Literal["alignment"] = "alignment"
-    run: recipes.SFTRun | recipes.PairRun | ppo.PPORun
+    run: recipes.SFTRun | recipes.PairRun | online.OnlineRun | ppo.PPORun
     targets: TargetSpec
     probe: Literal["train", "check"]
     size: int  # examples measured at most: pairs for DPO, demonstrations for SFT, replies for PPO

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..lab import ppo, recipes
+from ..lab import online, ppo, recipes
 from ..lab.evaluate import reply
 from ..lab.train import Objective
 from ..lens import alignment, likelihood
@@ -76,7 +76,7 @@ class TargetsRun(recipes.Spec):
     """
 
     kind: Literal["targets"] = "targets"
-    run: recipes.SFTRun | recipes.PairRun | ppo.PPORun
+    run: recipes.SFTRun | recipes.PairRun | online.OnlineRun | ppo.PPORun
     choices: dict[str, TargetSpec]
     probe: Literal["train", "check"]
     size: int  # examples measured at most

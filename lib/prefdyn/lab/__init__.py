@@ -9,6 +9,7 @@ __all__ = [
     "exact",
     "fingerprint",
     "layouts",
+    "online",
     "policy",
     "ppo",
     "recipes",

@@ -8,7 +8,7 @@ policy steps go through the same token weights and the same `update` as every ot
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -133,6 +133,80 @@ class RewardRun(recipes.Spec):
             done.unlink(missing_ok=True)
 
 
+def scorer(
+    store: "RunStore", tokenizer: PreTrainedTokenizerBase, data: recipes.DataSpec, reward: RewardRun | None
+) -> Score:
+    """What replies are rewarded by: a reward model, or without one the world's true reward.
+
+    Raises ValueError if the true reward is asked for and not known.
+    """
+    known = recipes.dataset(data)
+    if reward is not None:
+        model = headed(store.get(reward.sft).folder / "policy", bias=False)
+        load_model(model, store.get(reward).folder / "model.safetensors")
+        return torch.no_grad()(lambda prompts, batch: sequence_scores(model, batch))
+    if known.reward is None:
+        raise ValueError("reward='true': the true reward of this dataset is not known; use 'learned'")
+
+    def true_reward(prompts: list[str], batch: Batch) -> torch.Tensor:
+        answers = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.response, strict=True)]
+        points = rewards(known, prompts, policy.decode(tokenizer, answers))
+        return torch.tensor(points, device=batch.ids.device)
+
+    return true_reward
+
+
+class Sampled(NamedTuple):
+    """Replies with their log-probs [N, T] under the policy that sampled and under the reference, and chunks of them."""
+
+    batch: Batch
+    old: torch.Tensor
+    ref: torch.Tensor
+    parts: list[Batch]
+
+
+def sample(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    data: recipes.DataSpec,
+    temperature: float,
+    seed: int,
+    size: int,
+    micro_batch: int,
+) -> Sampled:
+    """One reply to each prompt, by the policy at `temperature`.
+
+    Passes are in chunks of `size` rows with all columns, taken apart by `micro_batch`: the same shapes as the
+    minibatches of a first pass over them, so that its first ratio is exactly 1.
+    """
+    limits = {"max_prompt": data.max_prompt, "max_response": data.max_response}
+    asked, answers = reply(model, tokenizer, prompts, temperature=temperature, seed=seed, **limits)
+    batch = pad(asked, answers, tokenizer.pad_token_id).to(model.device)
+    parts = [part for block in batch.slices(size) for part in block.slices(micro_batch or size)]
+    with torch.no_grad():
+        old, ref = (
+            torch.cat([likelihood.token_logps(m, part, temperature) for part in parts]) for m in (model, reference)
+        )
+    return Sampled(batch, old, ref, parts)
+
+
+def described(sampled: Sampled, points: torch.Tensor) -> dict[str, float]:
+    """Metrics of replies: reward (points), kl to the reference (nats a reply), entropy (nats a token), length (tokens)
+    and distinct, the share of different ones."""
+    inside = sampled.batch.response
+    told = [tuple(ids[mask].tolist()) for ids, mask in zip(sampled.batch.ids, inside, strict=True)]
+    return {
+        "reward": points.mean().item(),
+        "kl": (sampled.old - sampled.ref).sum(-1).mean().item(),
+        "entropy": -sampled.old[inside].mean().item(),
+        "length": inside.sum(-1).float().mean().item(),
+        "distinct": len(set(told)) / len(told),
+    }
+
+
 class PPORun(recipes.Training):
     """PPO from an SFT policy. `optimisation.steps` counts iterations, its batch size is that of a minibatch."""
 
@@ -165,21 +239,8 @@ class PPORun(recipes.Training):
         return self.optimisation.steps * self.rollouts * (3 + 2 * self.epochs)
 
     def score(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase) -> Score:
-        """What rollouts are rewarded by. Raises ValueError if the true reward is asked for and not known."""
-        known = recipes.dataset(self.data)
-        if self.reward is not None:
-            model = headed(store.get(self.reward.sft).folder / "policy", bias=False)
-            load_model(model, store.get(self.reward).folder / "model.safetensors")
-            return torch.no_grad()(lambda prompts, batch: sequence_scores(model, batch))
-        if known.reward is None:
-            raise ValueError("reward='true': the true reward of this dataset is not known; use 'learned'")
-
-        def true_reward(prompts: list[str], batch: Batch) -> torch.Tensor:
-            answers = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.response, strict=True)]
-            points = rewards(known, prompts, policy.decode(tokenizer, answers))
-            return torch.tensor(points, device=batch.ids.device)
-
-        return true_reward
+        """What rollouts are rewarded by, as `scorer`."""
+        return scorer(store, tokenizer, self.data, self.reward)
 
     def collect(
         self,
@@ -194,34 +255,29 @@ class PPORun(recipes.Training):
     ) -> tuple[PPO, torch.Tensor, torch.Tensor, dict[str, float]]:
         """Sample one reply to each prompt; returns the objective on them, old values, returns and metrics.
 
-        Ratios, KL and entropy refer to the policy that sampled, the one at `temperature`.
-
-        Passes are in chunks of `size` rows with all columns, taken apart by `micro_batch`: the same shapes as the
-        minibatches of the first pass, so that its first ratio is exactly 1.
+        Ratios, KL and entropy refer to the policy that sampled, the one at `temperature`. size: rows, as for `sample`.
         """
-        limits = {"max_prompt": self.data.max_prompt, "max_response": self.data.max_response}
-        asked, answers = reply(model, tokenizer, prompts, temperature=self.temperature, seed=seed, **limits)
-        batch = pad(asked, answers, tokenizer.pad_token_id).to(model.device)
-        micro = self.optimisation.micro_batch or size
-        parts = [part for block in batch.slices(size) for part in block.slices(micro)]
+        sampled = sample(
+            model,
+            reference,
+            tokenizer,
+            prompts,
+            data=self.data,
+            temperature=self.temperature,
+            seed=seed,
+            size=size,
+            micro_batch=self.optimisation.micro_batch,
+        )
+        batch, old, ref, parts = sampled
         with torch.no_grad():
-            old, ref = (
-                torch.cat([likelihood.token_logps(m, part, self.temperature) for part in parts])
-                for m in (model, reference)
-            )
             values = torch.cat([token_values(value_model, part) for part in parts])
         points = score(prompts, batch)
         kl = rollout.kl_estimate(old, ref, self.kl_estimator)
         token_rewards = rollout.token_rewards(points, kl, batch.response, self.kl_coefficient)
         advantages, returns = rollout.gae(token_rewards, values, batch.response, self.gamma, self.lam)
         inside = batch.response
-        metrics = {
-            "reward": points.mean().item(),
+        metrics = described(sampled, points) | {
             "return": token_rewards.sum(-1).mean().item(),
-            "kl": (old - ref).sum(-1).mean().item(),
-            "entropy": -old[inside].mean().item(),
-            "length": inside.sum(-1).float().mean().item(),
-            "distinct": len({tuple(a) for a in answers}) / len(answers),
             "explained_variance": rollout.explained_variance(values[inside], returns[inside]),
         }
         if self.whiten:

@@ -60,7 +60,8 @@ class Method:
     settings: its own numbers and their defaults. meaning: what each setting and each metric means, in a few words.
     curves: what its curves should look like. strength: what its reweighting acts on. reference: whether it reads a
     reference policy. kl: whether it reads `Pairs.kl`. objective: how it is trained and measured, where it has analytic
-    weights or another kind of data: of pairs (chosen, rejected, ref_chosen, ref_rejected, **settings).
+    weights or another kind of data: of pairs (chosen, rejected, ref_chosen, ref_rejected, **settings). rollouts: of
+    replies that were just sampled, (Rollouts, **settings) -> an objective on them.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Method:
     reference: bool = True
     kl: bool = False
     objective: Callable | None = None
+    rollouts: Callable | None = None
 
     def __post_init__(self):
         if self.takes not in TAKES:

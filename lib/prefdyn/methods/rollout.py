@@ -1,10 +1,14 @@
-"""Rollouts for PPO: rewards by token, values, and generalised advantages; pure functions over padded tensors.
+"""Rollouts: rewards by token, values, advantages by time or by group; pure functions over padded tensors.
 
 Rows are sequences and columns positions, [N, T]; `response` marks the tokens of responses, which are contiguous in a
 row. The token at a marked position is the action, taken in the state of all tokens before it.
 """
 
+from dataclasses import dataclass
+
 import torch
+
+from ..lens.batch import Batch
 
 ROUNDING = 1e-6  # deviations up to here, relative to the largest number, are float32 noise of equal numbers
 KL_ESTIMATORS = {
@@ -107,3 +111,51 @@ def value_loss(
         clipped = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * error[response].mean()
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Replies that a policy has just sampled, `group` to a prompt: rows of one prompt follow each other, N in all.
+
+    old, ref: token log-probs under the policy that sampled and under the reference [N, T]. returns: the reward of each
+    reply less the penalty for its divergence from the reference, [N], points. temperature: of the sampling. longest:
+    tokens that a reply may have at most.
+    """
+
+    batch: Batch
+    old: torch.Tensor
+    ref: torch.Tensor
+    returns: torch.Tensor
+    group: int
+    temperature: float
+    longest: int
+
+    def __post_init__(self):
+        if self.group < 1 or len(self.batch) % self.group:
+            raise ValueError(f"group={self.group}: must divide the number of replies, {len(self.batch)}")
+
+    def grouped(self) -> torch.Tensor:
+        """Returns by prompt, [N / group, group]."""
+        return self.returns.reshape(-1, self.group)
+
+
+def spread(group_values: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+    """A number for each reply [N / group, group] on all of its tokens, [N, T], zero elsewhere."""
+    return group_values.reshape(-1, 1).to(torch.get_default_dtype()) * response
+
+
+def token_shares(response: torch.Tensor, per: str, longest: int = 0) -> torch.Tensor:
+    """What a token counts in a mean over a minibatch, [N, T], zero outside responses.
+
+    per: "token", the mean over all tokens; "reply", the mean over replies of the mean over their tokens; "limit", the
+    mean over replies of the sum over tokens divided by `longest`, the length that a reply may have. Raises ValueError
+    for another word.
+    """
+    inside = response.to(torch.get_default_dtype())
+    if per == "token":
+        return inside / inside.sum().clamp(min=1)
+    if per == "reply":
+        return inside / inside.sum(-1, keepdim=True).clamp(min=1) / len(response)
+    if per == "limit":
+        return inside / longest / len(response)
+    raise ValueError(f"per={per!r}: must be 'token', 'reply' or 'limit'")

@@ -24,10 +24,8 @@ def sft_weights(response: torch.Tensor) -> TokenWeights:
 class SFT:
     """Maximum likelihood on demonstrations. An example is a demonstration."""
 
-    temperature = 1.0
-
-    def __init__(self, demonstrations: Batch):
-        self.demonstrations = demonstrations
+    def __init__(self, demonstrations: Batch, temperature: float = 1.0):
+        self.demonstrations, self.temperature = demonstrations, temperature
         self.size = len(demonstrations)
 
     def batch(self, index: torch.Tensor) -> Batch:
