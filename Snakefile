@@ -46,7 +46,7 @@ rule html:
         "book/_toc.yml",
         "book/references.bib",
         "data/architectures.csv",
-        "data/methods.csv",
+        "data/methods.md",
         ASSETS,
     output:
         touch("_build/html/.complete"),

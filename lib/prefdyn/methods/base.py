@@ -33,8 +33,8 @@ class Pairs:
     kl: torch.Tensor | None = None
 
     def sums(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs of whole responses, chosen and rejected, [B] each."""
-        return self.chosen.sum(-1), self.rejected.sum(-1)
+        """Log-probs of whole responses, chosen and rejected, [B] each; what stands outside of them does not count."""
+        return (self.chosen * self.chosen_mask).sum(-1), (self.rejected * self.rejected_mask).sum(-1)
 
     def lengths(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens of responses, their ends included, chosen and rejected, [B] each."""
@@ -145,7 +145,7 @@ class PairObjective:
         unit[2 * len(index) :] = -1
 
         def loss(leaf: torch.Tensor) -> torch.Tensor:
-            inside = leaf.masked_fill(~batch.response, 0.0)  # where it is zero anyway, a loss need not mask
+            inside = leaf.masked_fill(~batch.response, 0.0)  # a loss that reads tokens need not mask
             return self.method.loss(self.pairs(inside, batch.response, index), **self.settings).mean()
 
         return from_loss(loss, logps, batch.response, unit)

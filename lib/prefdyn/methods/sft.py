@@ -42,10 +42,11 @@ class SFT:
 METHOD = Method(
     name="sft",
     title="Supervised fine-tuning (SFT)",
-    source="maximum likelihood",
+    source="Maximum likelihood",
     takes="demonstrations",
     formula=r"w = \tfrac{1}{B}",
     curves="The likelihood of demonstrations rises until the policy imitates them; entropy falls towards theirs.",
+    strength="1 for every demonstration: there is nothing to reweight",
     reference=False,
     objective=SFT,
 )
