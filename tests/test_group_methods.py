@@ -15,7 +15,7 @@ from prefdyn.lens.likelihood import token_logps
 from prefdyn.lens.losses import from_loss
 from prefdyn.methods import registry, rollout
 from prefdyn.methods.rollout import Rollouts
-from prefdyn.methods.surrogate import Surrogate
+from prefdyn.methods.surrogate import surrogate
 from toys.models import build, lift_float32, random_batch
 
 GROUPED = ("reinforce", "rloo", "grpo", "dr_grpo", "dapo", "best_of_n", "online_dpo")
@@ -100,7 +100,8 @@ def test_weights_are_those_of_the_loss_by_autograd(name, double):
     objective = registry.find(name).rollouts(whole, **registry.find(name).settings)
     index = torch.tensor([4, 0, 3])
     batch = objective.batch(index)
-    now = (whole.old[index] + 0.4 * torch.randn(whole.old[index].shape, generator=rng)) * batch.response
+    old = objective.old_logps[index]
+    now = (old + 0.4 * torch.randn(old.shape, generator=rng)) * batch.response
     expected = from_loss(lambda x: objective.loss(x, batch.response, index), now, batch.response)
     found = objective.weights(now, batch, index)
     assert torch.allclose(found.w, expected.w, atol=1e-15) and (found.w[batch.response] == 0).any()
@@ -131,23 +132,23 @@ def test_grpo_says_nothing_by_its_loss(double):
     """Before any step the ratio is 1, so the loss is minus the mean advantage: 0, whatever was earned."""
     objective = registry.find("grpo").rollouts(replies(RETURNS, LENGTHS), clip=0.2)
     index = torch.arange(4)
-    assert objective.loss(objective.old, objective.rollouts.response, index).item() == pytest.approx(0, abs=1e-12)
-    assert objective.weights(objective.old, objective.rollouts, index).w.abs().sum() > 0.4
+    assert objective.loss(objective.old_logps, objective.rollouts.response, index).item() == pytest.approx(0, abs=1e-12)
+    assert objective.weights(objective.old_logps, objective.rollouts, index).w.abs().sum() > 0.4
 
 
-@pytest.mark.parametrize(("per", "total"), [("token", 1.0), ("reply", 1.0), ("limit", 9 / 4 / 4)])
-def test_shares_of_tokens(per, total, double):
+def test_what_a_token_counts(double):
     """Of 1 + 2 + 2 + 4 = 9 tokens in 4 replies of 4 tokens at most."""
     response = replies([0.0] * 4, [1, 2, 2, 4]).batch.response
-    assert rollout.token_shares(response, per, 4).sum().item() == pytest.approx(total)
+    assert rollout.token_count(response, "token").item() == 9
+    assert rollout.token_count(response, "reply").tolist() == [[4], [8], [8], [16]]
+    assert rollout.token_count(response, "limit", 4).item() == 16
     with pytest.raises(ValueError, match="per='row'"):
-        rollout.token_shares(response, "row")
+        rollout.token_count(response, "row")
 
 
 def test_advantages_have_the_shape_of_the_rollouts():
-    whole = replies(RETURNS, LENGTHS)
     with pytest.raises(ValueError, match="must share one shape"):
-        Surrogate(whole, torch.zeros(4, 2), lambda response: response, 0.2, 0.2)
+        surrogate(replies(RETURNS, LENGTHS), torch.zeros(4, 2), 0.2, 0.2, "token")
 
 
 SMALL = {

@@ -272,7 +272,7 @@ def test_before_its_first_step_ppo_follows_its_advantages(double):
         ),
         (
             lambda: PPO(random_batch(3), torch.zeros(3, 1), torch.zeros(3, 1), 0.2),
-            r"PPO: rollouts, log-probs and advantages must share one shape \[N, T\], given .*\(3, 1\)",
+            r"rollouts, log-probs and advantages must share one shape \[N, T\], given .*\(3, 1\)",
         ),
     ],
 )

@@ -1,12 +1,10 @@
 """DAPO: group-relative advantages with a wider clip upwards, a mean over tokens, and no groups of equals."""
 
-import functools
-
 import torch
 
 from .base import Method
-from .rollout import Rollouts, spread, token_shares
-from .surrogate import Surrogate
+from .rollout import Rollouts, spread
+from .surrogate import Surrogate, surrogate
 
 EPS = 1e-6  # points: groups whose returns spread less are groups of equals
 
@@ -26,8 +24,7 @@ def objective(rollouts: Rollouts, *, low: float, high: float) -> Surrogate:
     counted = (deviation > EPS).expand_as(returns)
     relative = torch.where(counted, (returns - returns.mean(-1, keepdim=True)) / (deviation + EPS), 0.0)
     advantages = spread(relative, rollouts.batch.response)
-    shares = functools.partial(token_shares, per="token")
-    return Surrogate(rollouts, advantages, shares, low, high, counted.flatten())
+    return surrogate(rollouts, advantages, low, high, per="token", counted=counted.flatten())
 
 
 METHOD = Method(

@@ -1,10 +1,8 @@
 """GRPO done right: neither a group's spread nor a reply's length changes what a token counts."""
 
-import functools
-
 from .base import Method
-from .rollout import Rollouts, spread, token_shares
-from .surrogate import Surrogate
+from .rollout import Rollouts, spread
+from .surrogate import Surrogate, surrogate
 
 
 def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
@@ -20,8 +18,7 @@ def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
         raise ValueError(f"dr_grpo: group={rollouts.group}: at least 2 replies to a prompt are needed")
     returns = rollouts.grouped()
     advantages = spread(returns - returns.mean(-1, keepdim=True), rollouts.batch.response)
-    shares = functools.partial(token_shares, per="limit", longest=rollouts.longest)
-    return Surrogate(rollouts, advantages, shares, clip, clip)
+    return surrogate(rollouts, advantages, clip, clip, per="limit")
 
 
 METHOD = Method(

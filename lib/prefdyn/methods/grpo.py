@@ -1,12 +1,10 @@
 """Group relative policy optimisation: returns in units of their spread among the replies to a prompt."""
 
-import functools
-
 import torch
 
 from .base import Method
-from .rollout import Rollouts, spread, token_shares
-from .surrogate import Surrogate
+from .rollout import Rollouts, spread
+from .surrogate import Surrogate, surrogate
 
 EPS = 1e-6  # points: groups whose returns spread less have none to tell replies apart by
 
@@ -29,7 +27,7 @@ def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
     if rollouts.group < 2:
         raise ValueError(f"grpo: group={rollouts.group}: at least 2 replies to a prompt are needed")
     advantages = spread(relative(rollouts), rollouts.batch.response)
-    return Surrogate(rollouts, advantages, functools.partial(token_shares, per="reply"), clip, clip)
+    return surrogate(rollouts, advantages, clip, clip, per="reply")
 
 
 METHOD = Method(

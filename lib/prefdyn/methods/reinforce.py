@@ -1,10 +1,8 @@
 """REINFORCE with a baseline: replies that did better than the mean reply are raised, the others lowered."""
 
-import functools
-
 from .base import Method
-from .rollout import Rollouts, spread, token_shares
-from .surrogate import Surrogate
+from .rollout import Rollouts, spread
+from .surrogate import Surrogate, surrogate
 
 
 def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
@@ -17,8 +15,7 @@ def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
     Args: clip, on either side of 1.
     """
     advantages = spread(rollouts.grouped() - rollouts.returns.mean(), rollouts.batch.response)
-    shares = functools.partial(token_shares, per="limit", longest=rollouts.longest)
-    return Surrogate(rollouts, advantages, shares, clip, clip)
+    return surrogate(rollouts, advantages, clip, clip, per="limit")
 
 
 METHOD = Method(

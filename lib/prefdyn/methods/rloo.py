@@ -1,10 +1,8 @@
 """REINFORCE leave-one-out: each reply is compared with the other replies to its prompt."""
 
-import functools
-
 from .base import Method
-from .rollout import Rollouts, spread, token_shares
-from .surrogate import Surrogate
+from .rollout import Rollouts, spread
+from .surrogate import Surrogate, surrogate
 
 
 def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
@@ -20,8 +18,7 @@ def objective(rollouts: Rollouts, *, clip: float) -> Surrogate:
         raise ValueError(f"rloo: group={k}: at least 2 replies to a prompt are needed")
     returns = rollouts.grouped()
     advantages = spread(k / (k - 1) * (returns - returns.mean(-1, keepdim=True)), rollouts.batch.response)
-    shares = functools.partial(token_shares, per="limit", longest=rollouts.longest)
-    return Surrogate(rollouts, advantages, shares, clip, clip)
+    return surrogate(rollouts, advantages, clip, clip, per="limit")
 
 
 METHOD = Method(

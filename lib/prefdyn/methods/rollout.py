@@ -144,18 +144,17 @@ def spread(group_values: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
     return group_values.reshape(-1, 1).to(torch.get_default_dtype()) * response
 
 
-def token_shares(response: torch.Tensor, per: str, longest: int = 0) -> torch.Tensor:
-    """What a token counts in a mean over a minibatch, [N, T], zero outside responses.
+def token_count(response: torch.Tensor, per: str, longest: int = 0) -> torch.Tensor:
+    """By what a token's part is divided in a mean over a minibatch, to be broadcast over [N, T].
 
-    per: "token", the mean over all tokens; "reply", the mean over replies of the mean over their tokens; "limit", the
-    mean over replies of the sum over tokens divided by `longest`, the length that a reply may have. Raises ValueError
-    for another word.
+    per: "token", the number of tokens: the mean over all of them. "reply", replies times tokens of the reply: the mean
+    over replies of the mean over their tokens. "limit", replies times `longest`, the length that a reply may have: the
+    mean over replies of sums over tokens in that unit. At least 1. Raises ValueError for another word.
     """
-    inside = response.to(torch.get_default_dtype())
     if per == "token":
-        return inside / inside.sum().clamp(min=1)
+        return response.sum().clamp(min=1)
     if per == "reply":
-        return inside / inside.sum(-1, keepdim=True).clamp(min=1) / len(response)
+        return (response.sum(-1, keepdim=True) * len(response)).clamp(min=1)
     if per == "limit":
-        return inside / longest / len(response)
+        return torch.tensor(longest * len(response), device=response.device)
     raise ValueError(f"per={per!r}: must be 'token', 'reply' or 'limit'")
