@@ -774,7 +774,7 @@ def test_whatever_else_goes_wrong_on_the_hub_is_said(hub, monkeypatch):
 
 def test_the_hub_needs_an_extra_and_only_the_hub(hub, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
-    with pytest.raises(DataError, match=re.escape("pip install prefdyn[datasets]")):
+    with pytest.raises(DataError, match=re.escape("pip install datasets")):
         layouts.read("org/prefs", "hub:c0ffee")
     assert read(write(tmp_path / "a.jsonl", [PAIR])).used == 1
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,15 +40,12 @@ def _model(p: Parameters, identity: Callable[[Path], str]) -> dict:
         raise ParameterError(f"model: given {p.model!r}, which is no checkpoint that can be read: {error}") from error
 
 
-_HUB_DATA = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # organisation/name, and maybe a split
-
-
 def _source(given: str) -> str:
     """Where preferences are: the absolute path of what there is, or a name on the hub. Raises ParameterError."""
     path = Path(given).expanduser()
     if path.exists():
         return str(path.resolve())
-    if _HUB_DATA.fullmatch(given) and not given.startswith(".") and not sources.is_data_file(Path(given.split(":")[0])):
+    if sources.hub_name(given):
         return given
     raise ParameterError(
         f"dataset: given {given!r}, and there is no such file; allowed: 'world', the path of a preference file or of "

@@ -54,7 +54,7 @@ def is_data_file(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
 
 
-def _hub_name(source: str) -> tuple[str, str] | None:
+def hub_name(source: str) -> tuple[str, str] | None:
     """(name, split) if `source` can only be a dataset on the hub, else None; the split is "" where none is given."""
     known = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::([\w.-]+))?", source)
     if known is None or is_data_file(Path(known[1])) or os.path.exists(source):
@@ -104,7 +104,7 @@ def fingerprint(source: str) -> str:
 
     Without a network the commit of a dataset is that of the local cache. Raises DataError.
     """
-    if (hub := _hub_name(source)) is None:
+    if (hub := hub_name(source)) is None:
         return _load(source)[0]
     name, split = hub
     try:
@@ -124,7 +124,7 @@ def fingerprint(source: str) -> str:
 
 def _from_hub(source: str, content: str) -> Iterator[Entry]:
     """The rows of exactly the commit and split that `content` names."""
-    name, split = _hub_name(source)
+    name, split = hub_name(source)
     kind, _, rest = content.partition(":")
     commit, _, noted = rest.partition(":")
     if kind != "hub" or noted != split:
@@ -133,7 +133,7 @@ def _from_hub(source: str, content: str) -> Iterator[Entry]:
         import datasets  # an extra, needed for the hub alone
     except ImportError as error:
         raise DataError(
-            f"dataset: given {source!r}, no such file; to read it from the hub: pip install prefdyn[datasets]"
+            f"dataset: given {source!r}, no such file; to read it from the hub: pip install datasets"
         ) from error
     split = split or "train"
     try:
@@ -291,7 +291,7 @@ def entries(source: str, content: str | None = None) -> Iterator[Entry]:
     content: the `fingerprint` noted when the work was planned; from the hub, exactly that commit is read. Raises
     DataError if the source cannot be read or is no longer what `content` says.
     """
-    if _hub_name(source) is not None:
+    if hub_name(source) is not None:
         return _from_hub(source, content or fingerprint(source))
     digest, files = _load(source)
     if content not in (None, digest):
