@@ -63,7 +63,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
-	@lint-imports --no-cache > .imports.txt 2>&1 || { cat .imports.txt; rm -f .imports.txt; exit 1; }; grep -E 'KEPT' .imports.txt; rm -f .imports.txt
+	lint-imports --no-cache > /dev/null || lint-imports --no-cache
 	@shopt -s nullglob; files=(notebooks/*.ipynb); \
 	  if (( $${#files[@]} )); then nbstripout --keep-id --verify "$${files[@]}"; fi
 
