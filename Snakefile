@@ -47,6 +47,7 @@ rule html:
         "book/references.bib",
         "data/architectures.csv",
         "data/methods.md",
+        "data/peers.csv",
         ASSETS,
     output:
         touch("_build/html/.complete"),

@@ -184,12 +184,15 @@ def test_curves_are_compared_by_name():
 
 def test_provenance_names_parameters_versions_and_runs(shown, tmp_path):
     hardware = {"system": "Linux", "machine": "x86_64", "threads": 1, "accelerator": None}
-    made = []
-    for key in ("sft-1", "dpo-2"):
+    made, specs = (
+        [],
+        {"sft-1": {}, "dpo-2": {"method": "dpo"}, "alignment-3": {"kind": "alignment", "method": "central"}},
+    )
+    for key in specs:
         (tmp_path / key).mkdir()
         kept = {"versions": {"torch": "2.x"}, "hardware": hardware, "seconds": 4.0}
         (tmp_path / key / "provenance.json").write_text(json.dumps(kept))
-        (tmp_path / key / "spec.json").write_text(json.dumps({"method": "central"} if key == "dpo-2" else {}))
+        (tmp_path / key / "spec.json").write_text(json.dumps(specs[key]))
         made.append(Run(key, tmp_path / key))
     page.provenance([*made, made[0]], check({"beta": 0.25}))
     ((data, _),) = shown
@@ -197,8 +200,8 @@ def test_provenance_names_parameters_versions_and_runs(shown, tmp_path):
         "beta=0.25",
         "torch 2.x",
         "Linux x86_64, CPU, 1 thread(s) a run",
-        "2, computed in 8 s",
-        "sft-1, dpo-2",
+        "3, computed in 12 s",
+        "sft-1, dpo-2, alignment-3",
         "G measured by | central differences",
     ):
         assert expected in data["text/plain"]

@@ -164,7 +164,7 @@ def provenance(runs: Iterable[Run], parameters: Any) -> None:
         for k in known
     }
     ways = {"forward": "forward mode", "central": "central differences"}
-    measured = {ways[spec["method"]] for run in runs if "method" in (spec := run.json("spec"))}
+    measured = {ways[spec["method"]] for run in runs if (spec := run.json("spec")).get("kind") == "alignment"}
     left_out = {"dataset", *parameters.idle()}  # where a file lies is nobody's business, and the others had no part
     rows = [
         ("parameters", ", ".join(f"{k}={v!r}" for k, v in parameters.model_dump().items() if k not in left_out)),
