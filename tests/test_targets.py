@@ -81,7 +81,7 @@ def losses(model, objective, index: torch.Tensor) -> torch.Tensor:
         return -F.logsigmoid(objective.beta * margin) / len(index)
     ratio, a = (logps - objective.old_logps[index, 1:]).exp(), objective.advantages[index, 1:]
     inside = objective.rollouts.response[index, 1:]
-    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - objective.clip, 1 + objective.clip) * a)
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - objective.high, 1 + objective.high) * a)
     return -surrogate.masked_fill(~inside, 0.0).sum(-1) / inside.sum()
 
 
