@@ -70,7 +70,7 @@ PARTS = {
     "other": (ppo.PPORun, "_iterate"),
     "scores, rewards, advantages": (ppo.PPORun, "collect"),
     "sampling": (ppo, "reply"),
-    "log-probs, old and reference": (policy, "token_logps"),
+    "log-probs, old and reference": (likelihood, "token_logps"),
     "values": (ppo, "token_values"),
     "policy updates": (ppo, "update"),
     "value updates": (ppo.PPORun, "_value_step"),
@@ -177,7 +177,7 @@ def generators(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[
     attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
 
     def ours(temperature: float) -> list[list[int]]:
-        limits = {"max_response": setting.tokens, "eos_id": eos_id, "pad_id": pad_id}
+        limits = {"max_response": setting.tokens, "ends": [eos_id], "pad_id": pad_id}
         return policy.generate(model, prompts, temperature=temperature, **limits)
 
     def theirs(temperature: float) -> list[list[int]]:
