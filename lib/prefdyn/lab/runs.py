@@ -185,7 +185,7 @@ class RunStore:
                 self.root.mkdir(parents=True, exist_ok=True)
                 lock = held.enter_context(FileLock(self.root / f"{key}.lock"))
                 if isinstance(lock, SoftFileLock):  # a mere file, which a run that is cut off would leave behind
-                    raise NotImplementedError
+                    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
             found = self.find(spec)  # another process may have finished it while we waited
             if found:
                 return found
