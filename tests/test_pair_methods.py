@@ -118,8 +118,10 @@ BY_HAND = {
 }
 
 
-def test_no_method_is_missing():
-    assert set(NAMES) == EXPECTED == set(BY_HAND) == set(ANOTHER_WAY) == set(ANALYTIC) == set(AT_THE_START)
+def test_every_method_is_in_every_table():
+    """One that is gone from the library may stay in the tables: a file less leaves the others as they are."""
+    for table in (EXPECTED, BY_HAND, ANOTHER_WAY, ANALYTIC, AT_THE_START):
+        assert set(NAMES) <= set(table)
 
 
 @pytest.mark.parametrize("name", some(BY_HAND))
