@@ -18,9 +18,10 @@ def entry(name: str) -> str:
     """What a reader wants to know of a method."""
     method = registry.find(name)
     settings = "; ".join(f"`{key}` = {value:g}, {method.meaning[key]}" for key, value in method.settings.items())
+    without = "" if method.reference or method.takes == "demonstrations" else " It reads no reference policy."
     formula = method.formula.replace(r", \quad ", ", \\\\\n")  # below each other, for a narrow screen
     lines = [
-        f"**{method.title}**, `{name}`. {method.source}.",
+        f"**{method.title}**, `{name}`. {method.source}.{without}",
         f"$$\n\\begin{{gathered}}\n{formula}\n\\end{{gathered}}\n$$",
         f"*Settings:* {settings or 'none'}. *Its reweighting acts on* {method.strength}. *Curves:* {method.curves}",
     ]

@@ -1,4 +1,4 @@
-"""What a run is: supervised fine-tuning, its log-probs as a reference, and DPO from it, as specs of the run store."""
+"""What a run is: supervised fine-tuning, its log-probs as a reference, and methods of pairs from it, as specs."""
 
 import functools
 import json

@@ -23,7 +23,7 @@ UPDATES = "updates"  # beside parameter names, which all have a dot in them
 
 
 class Objective(Protocol):
-    """What the trainer and the measurement need to know of an objective; see `objectives`."""
+    """What the trainer and the measurement need to know of an objective; see `methods`."""
 
     size: int  # examples
     temperature: float  # of the policy whose log-probs it weighs
