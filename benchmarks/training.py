@@ -263,7 +263,7 @@ class Clock:
 
 def iteration() -> dict:
     """Where the time of an iteration of PPO goes."""
-    clock, spec = Clock(), plan.ppo_run(params.check(BOOK), 0)
+    clock, spec = Clock(), plan.run(params.check(BOOK), 0, "ppo")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as patches:
         for part, (owner, name) in PARTS.items():
             patches.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))

@@ -67,13 +67,14 @@ def test_real_variants_see_the_same_data_in_the_same_order(tmp_path):
         "sft_steps": 4, "batch": 8, "epochs": 1.0, "checkpoints": 2, "iterations": 2, "rollouts": 6, "ppo_batch": 3,
     }  # fmt: skip
     p, store = check(small), RunStore(tmp_path)
-    for method, plain, variant in (("dpo", plan.dpo_run, "shift"), ("ppo", plan.ppo_run, "late")):
-        baseline, run = store.get(plain(p, 0)), store.get(plan.variant_run(p, 0, method, variant))
+    for method, variant in (("dpo", "shift"), ("ppo", "late")):
+        baseline, run = store.get(plan.run(p, 0, method)), store.get(plan.variant_run(p, 0, method, variant))
         assert ablations.unequal(run, baseline) == []
         assert run.frame("steps")["examples"].nunique() == 2
-        ends = [r.folder / f"checkpoint-{plain(p, 0).steps()[-1]}.safetensors" for r in (run, baseline)]
+        baseline_steps = plan.run(p, 0, method).steps()
+        ends = [r.folder / f"checkpoint-{baseline_steps[-1]}.safetensors" for r in (run, baseline)]
         assert ends[0].read_bytes() != ends[1].read_bytes()
-        other = store.get(plain(p, 1))
+        other = store.get(plan.run(p, 1, method))
         assert {"weights at the start", "order of the data"} <= set(ablations.unequal(run, other))
 
 

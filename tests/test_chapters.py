@@ -88,8 +88,8 @@ def described(notebook: nbformat.NotebookNode) -> set[str]:
 
 def assert_describes_what_its_runs_read(notebook: nbformat.NotebookNode) -> None:
     p = params.check(notebook.metadata.papermill.parameters)
-    read = plan.dpo_run(p, p.seeds[0]).data
-    assert plan.reward_run(p, p.seeds[0]).data == plan.ppo_run(p, p.seeds[0], reward="learned").data == read
+    read = plan.run(p, p.seeds[0], "dpo").data
+    assert plan.reward_run(p, p.seeds[0]).data == plan.run(p, p.seeds[0], "ppo", reward="learned").data == read
     assert described(notebook) == {recipes.dataset(read).digest()}
 
 
@@ -100,7 +100,7 @@ def test_the_first_chapter_describes_the_labels_that_later_chapters_train_on(tmp
     notebook = nbformat.read(cli.execute_chapter(source, given, tmp_path / "out.ipynb"), as_version=4)
     assert_describes_what_its_runs_read(notebook)
     flipped = page.collect_values(notebook)["flipped"]["value"]
-    pairs = recipes.dataset(plan.dpo_run(params.check(given), 0).data).pairs
+    pairs = recipes.dataset(plan.run(params.check(given), 0, "dpo").data).pairs
     assert flipped == pytest.approx(sum(row["flipped"] for row in pairs) / len(pairs)) and 0.2 < flipped < 0.4
 
 

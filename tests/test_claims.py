@@ -113,7 +113,7 @@ PLANTED = {
     "C1a": (alignment(g=1), alignment(g=-1)),
     "C1b": (alignment(g_opt=1), alignment(g_opt=-1)),
     "C1c": (choices(0.5), choices(-0.5)),
-    "C2a": (by_seed(dpo=0.9, ppo=0.3), by_seed(dpo=0.3, ppo=0.9)),
+    "C2a": (by_seed(first=0.9, second=0.3), by_seed(first=0.3, second=0.9)),
     "C2b": (curve("reward_sampled", 2), curve("reward_sampled", -2)),
     "C2c": (curve("entropy", -2), curve("entropy", 2)),
     "C3a": (alignment(negative=0.5), alignment(negative=0.02)),
@@ -148,7 +148,7 @@ UNDECIDED = {
         g_opt=lambda t: np.where(t["step"] == 14, -1.0, 1.0)
     ),  # four in five is not more than that
     "C1a": alignment().assign(g=lambda t: np.where(t["seed"] == 0, -1.0, 1.0)),
-    "C2a": by_seed(dpo=0.5, ppo=0.501),
+    "C2a": by_seed(first=0.5, second=0.501),
     "C4a": pd.DataFrame({"seed": SEEDS, "correlation": [-0.5, 0.4, 0.1]}),
     "C7a": gains(0.2, noise=0.5),
     "C7d": gains(0.0, way=0.3, noise=1.5),
@@ -211,15 +211,13 @@ def test_verdicts_on_claims_by_hand(words, expected):
 
 def test_a_rule_that_refers_to_a_missing_column_is_named_with_what_there_is():
     table = alignment().drop(columns="g_opt")
-    with pytest.raises(
-        ValueError, match=r"rule C1b: its table 'G of DPO' has no column g_opt; there are: seed, step, "
-    ):
+    with pytest.raises(ValueError, match=r"rule C1b: its table 'G' has no column g_opt; there are: seed, step, "):
         apply_rule(rule("C1b"), table)
 
 
 def test_a_rule_that_refers_to_a_missing_table_is_named_with_what_there_is(tmp_path):
-    lost = replace(rule("C1a"), table="G of GRPO")
-    with pytest.raises(ValueError, match="rule C1a: there is no table 'G of GRPO'; there are: G of DPO, G of PPO"):
+    lost = replace(rule("C1a"), table="H")
+    with pytest.raises(ValueError, match="rule C1a: there is no table 'H'; there are: G, choices of D'"):
         apply_rules(RunStore(tmp_path), check({"profile": "smoke"}), [lost])
     assert {r.table for r in RULES} <= set(evidence.TABLES)
 
@@ -257,7 +255,7 @@ P = check(SMALL)
 def store(tmp_path_factory) -> RunStore:
     """What C3 needs, and nothing else."""
     store = RunStore(tmp_path_factory.mktemp("runs"))
-    halves = [plan.dpo_run(P, s, c) for s in P.seeds for c in ("full", "positive", "negative")]
+    halves = [plan.run(P, s, "dpo", c) for s in P.seeds for c in ("full", "positive", "negative")]
     store.ensure([*halves, *evidence.measured(P, "dpo").values()], workers=1)
     return store
 
@@ -282,7 +280,7 @@ def test_removing_a_run_turns_its_claims_into_not_run(store, tmp_path):
     shutil.copytree(store.root, copy)
     fewer = RunStore(copy)
     before = {f.rule.name: f.verdict for f in apply_rules(fewer, P)}
-    fewer.remove(fewer.key(plan.dpo_run(P, 1, "negative")))
+    fewer.remove(fewer.key(plan.run(P, 1, "dpo", "negative")))
     findings = {f.rule.name: f for f in apply_rules(RunStore(copy), P)}
     assert ledger(findings.values())["C3"] == "not run"
     assert findings["C3c"].verdict == findings["C3d"].verdict == "not run" != before["C3c"]
@@ -297,7 +295,7 @@ def test_other_parameters_find_no_runs_of_these(store):
 def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
     """beta changes DPO alone: two measurements; the rules on halves need more training and stay unjudged."""
     specs = sensitivity.sensitivity_runs(P, "beta")
-    assert [s.run for s in specs] == [plan.dpo_run(sensitivity.alternative(P, "beta"), s) for s in P.seeds]
+    assert [s.run for s in specs] == [plan.run(sensitivity.alternative(P, "beta"), s, "dpo") for s in P.seeds]
     assert sensitivity.alternative(P, "beta").beta == pytest.approx(0.3)
     assert all(s.size == P.choice_probe and not s.aware for s in specs)
     assert all(f.verdict == "not run" for f in sensitivity.sensitivity(store, P, "beta"))
@@ -330,20 +328,20 @@ def test_alternatives_change_one_setting_each():
 def test_variants_are_found_beside_their_plain_method():
     runs = evidence.variant_runs(P, "ppo")
     assert {s for _, s in runs} == {0, 1} and len(runs) == 2 * 8
-    assert runs["plain", 0] == plan.ppo_run(P, 0) and runs["plain", 0].control == controls.FULL
+    assert runs["plain", 0] == plan.run(P, 0, "ppo") and runs["plain", 0].control == controls.FULL
 
 
 @pytest.mark.parametrize(
     ("given", "table", "said"),
     [
-        ({"target_responses": "unrelated"}, "choices of D'", "D' is the floor itself"),
-        ({"iterations": 1}, "variants of PPO", "switch_at: given 0.5"),
-        ({"variants": []}, "variants of DPO", "no variant is asked for"),
+        ({"target_responses": "unrelated"}, ("choices of D'", "dpo"), "D' is the floor itself"),
+        ({"iterations": 1}, ("variants", "ppo"), "switch_at: given 0.5"),
+        ({"variants": []}, ("variants", "dpo"), "no variant is asked for"),
     ],
 )
 def test_rules_that_parameters_make_impossible_are_not_run(tmp_path, given, table, said):
     p = check(SMALL | {"dataset": "world"} | given)
-    findings = [f for f in apply_rules(RunStore(tmp_path), p) if f.rule.table == table]
+    findings = [f for f in apply_rules(RunStore(tmp_path), p) if (f.rule.table, *f.rule.methods) == table]
     assert findings and all(f.verdict == "not run" and said in f.reason for f in findings)
 
 
@@ -353,10 +351,10 @@ def test_the_last_pass_of_a_file_counts_the_pairs_that_there_are(tmp_path, monke
     known = type("Known", (), {"pairs": [None] * 24})
     monkeypatch.setattr(evidence.recipes, "dataset", lambda spec: known)
     monkeypatch.setattr(evidence.plan, "data_spec", lambda p, seed: None)
-    monkeypatch.setattr(evidence.plan, "dpo_run", lambda p, seed, part, long: (part, seed))
+    monkeypatch.setattr(evidence.plan, "run", lambda p, seed, method, part, long: (part, seed))
     tables = {
         "checkpoints": pd.DataFrame({"label": "full", "seed": 0, "step": [0, 12], "check_accuracy": [0.0, 2.0]}),
         "steps": pd.DataFrame({"label": "full", "seed": 0, "step": range(12), "accuracy": range(12)}),
     }
     monkeypatch.setattr(evidence, "_found", lambda store, specs, frame: tables[frame])
-    assert evidence.TABLES["long runs"](RunStore(tmp_path), p)["overfit"].tolist() == [(9 + 10 + 11) / 3 - 2]
+    assert evidence.TABLES["long runs"](RunStore(tmp_path), p, "dpo")["overfit"].tolist() == [(9 + 10 + 11) / 3 - 2]

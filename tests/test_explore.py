@@ -63,7 +63,7 @@ def test_variety_of_other_texts_by_hand():
 def test_a_run_is_asked_at_every_checkpoint(store, tmp_path, kind):
     """Each row is the variety of replies of that step's policy at temperature 1, whatever it was trained at."""
     p = check(SMALL | {"iterations": 2, "rollouts": 8, "ppo_batch": 4, "temperature": 0.7})
-    run = plan.dpo_run(p, 0) if kind == "dpo" else plan.ppo_run(p, 0)
+    run = plan.run(p, 0, "dpo") if kind == "dpo" else plan.run(p, 0, "ppo")
     spec, ticks = plan.exploration_run(p, run), []
     store.get(run)
     table = store.get(spec, ticks.append).frame("exploration")
@@ -91,7 +91,7 @@ def test_a_run_is_asked_at_every_checkpoint(store, tmp_path, kind):
 
 def test_no_more_prompts_are_asked_than_are_held_out(store):
     p = check(SMALL | {"explore_prompts": 500, "explore_samples": 2})
-    run = plan.dpo_run(p, 0)
+    run = plan.run(p, 0, "dpo")
     table = store.get(plan.exploration_run(p, run)).frame("exploration")
     assert table.groupby("step")["index"].agg(list).tolist() == [list(range(9))] * len(run.steps())
 
@@ -104,7 +104,7 @@ def test_replies_to_a_file_have_no_types_and_no_reward(store, tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, rows)))
     p = check(SMALL | {"dataset": str(path), "vocab_size": 300, "sft_steps": 4, "demonstrations": None})
-    table = store.get(plan.exploration_run(p, plan.dpo_run(p, 0))).frame("exploration")
+    table = store.get(plan.exploration_run(p, plan.run(p, 0, "dpo"))).frame("exploration")
     assert set(table.columns) == {"step", "index", "distinct", "reward", "best"} and len(table) == 3 * 5
     assert table[["reward", "best"]].isna().all(axis=None) and np.isfinite(table["distinct"]).all()
 

@@ -180,7 +180,7 @@ def store(tmp_path_factory) -> RunStore:
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_every_method_of_fresh_replies_trains_and_is_measured(store, name):
-    spec = plan.online_run(P, 0, name)
+    spec = plan.run(P, 0, name)
     run = store.get(spec)
     steps, table = run.frame("steps"), run.frame("checkpoints")
     assert run.key.startswith(f"{name}-") and (steps["updates"] > 0).all()
@@ -196,14 +196,14 @@ def test_every_method_of_fresh_replies_trains_and_is_measured(store, name):
 
 def test_the_same_prompts_replies_and_rewards_serve_every_method(store):
     """Before any update all methods see the same replies: one sampler, one reward, one penalty."""
-    first = [store.get(plan.online_run(P, 0, name)).frame("steps").iloc[0] for name in GROUPED]
+    first = [store.get(plan.run(P, 0, name)).frame("steps").iloc[0] for name in GROUPED]
     for name in ("examples", "reward", "return", "spread", "length"):
         assert len({step[name] for step in first}) == 1
 
 
 def test_positive_or_negative_samples_alone(store):
     """REINFORCE with the weights above 0, or below: two runs of their own from the same first replies."""
-    specs = [plan.online_run(P, 0, "reinforce", part=part) for part in ("full", "positive", "negative")]
+    specs = [plan.run(P, 0, "reinforce", part=part) for part in ("full", "positive", "negative")]
     assert len({store.key(spec) for spec in specs}) == 3
     rewards = [store.get(spec).frame("steps")["reward"].tolist() for spec in specs]
     assert len({row[0] for row in rewards}) == 1 and len({tuple(row) for row in rewards}) == 3
@@ -211,7 +211,7 @@ def test_positive_or_negative_samples_alone(store):
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(store, tmp_path, monkeypatch):
     """Stopped in its third iteration, continued by another store: the same steps and weights."""
-    spec = plan.online_run(P, 0, "rloo")
+    spec = plan.run(P, 0, "rloo")
     whole, calls = store.get(spec), []
     iterate = type(spec)._iterate
 
@@ -234,5 +234,5 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(store, tmp_path, monkeypa
 
 def test_replies_come_in_whole_groups():
     with pytest.raises(ParameterError, match=r"rollouts: given 16 .* a multiple of 3 replies"):
-        plan.online_run(P, 0, GROUPED[0], group=3)
-    assert math.isclose(dict(plan.online_run(P, 0, GROUPED[0], clip=0.4).settings)["clip"], 0.4)
+        plan.run(P, 0, GROUPED[0], group=3)
+    assert math.isclose(dict(plan.run(P, 0, GROUPED[0], clip=0.4).settings)["clip"], 0.4)

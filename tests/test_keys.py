@@ -54,8 +54,8 @@ def file_of(path: Path, rows: int = 40) -> Path:
 def test_a_template_that_asks_for_the_date_is_told_the_one_in_the_key(store, checkpoint):
     """Else reference log-probs of one day and DPO of the next would share a key, and margins not begin at 0."""
     first, second = (check(SMALL | {"model": str(checkpoint), "today": f"2025-01-0{day}"}) for day in (1, 2))
-    assert len({store.key(plan.dpo_run(p, 0).scored()) for p in (first, second)}) == 2
-    spec = plan.dpo_run(first, 0)
+    assert len({store.key(plan.run(p, 0, "dpo").scored()) for p in (first, second)}) == 2
+    spec = plan.run(first, 0, "dpo")
     run = store.get(spec)
     assert run.frame("steps")["margin"].iloc[0] == pytest.approx(0, abs=1e-5)
     tokenizer = recipes.final_policy(run)[1]
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_read_once_to_plan_all_runs_of_a_chapter(checkpoint, mon
     p = check(SMALL | {"model": str(checkpoint)})
     for seed in range(3):
         plan.reward_run(p, seed)
-        for run in (plan.sft_run(p, seed), plan.dpo_run(p, seed), plan.ppo_run(p, seed)):
+        for run in (plan.sft_run(p, seed), plan.run(p, seed, "dpo"), plan.run(p, seed, "ppo")):
             plan.alignment_run(p, run)
     assert "model.safetensors" in read and len(read) == len(set(read))
 

@@ -58,7 +58,7 @@ def test_a_name_that_is_none_is_an_error_with_the_nearest_one():
 @pytest.mark.parametrize("name", OFFLINE)
 def test_every_method_of_pairs_trains_and_is_measured(store, name):
     """Its loss falls on the pairs, and its G, checked against backward passes, splits into halves and thirds."""
-    spec = plan.pair_run(P, 0, name, lr=5e-3)
+    spec = plan.run(P, 0, name, lr=5e-3)
     run = store.get(spec)
     assert run.key.startswith(f"{name}-") and dict(spec.settings) == dict(registry.find(name).settings)
     table = run.frame("checkpoints")
@@ -80,9 +80,9 @@ def test_every_method_of_pairs_trains_and_is_measured(store, name):
 
 
 def test_methods_and_their_settings_do_not_share_keys(store):
-    specs = [plan.pair_run(P, 0, name) for name in OFFLINE] + [plan.pair_run(P, 0, "dpo", beta=0.3)]
+    specs = [plan.run(P, 0, name) for name in OFFLINE] + [plan.run(P, 0, "dpo", beta=0.3)]
     assert len({store.key(spec) for spec in specs}) == len(specs)
-    assert store.key(plan.dpo_run(P, 0)) == store.key(plan.pair_run(P, 0, "dpo", beta=P.beta))
+    assert store.key(plan.run(P, 0, "dpo")) == store.key(plan.run(P, 0, "dpo", beta=P.beta))
 
 
 MINE = """
@@ -112,7 +112,7 @@ def mine(tmp_path, monkeypatch):
 
 def test_one_more_method_is_one_more_file(store, mine):
     """It trains, is measured, and its numbers are kept under its own code."""
-    spec = plan.pair_run(P, 0, "mine", tau=3.0)
+    spec = plan.run(P, 0, "mine", tau=3.0)
     table = store.get(spec).frame("checkpoints")
     assert table["check_loss"].iloc[-1] < table["check_loss"].iloc[0]
     assert np.isfinite(store.get(plan.alignment_run(P, spec)).frame("alignment")["moved"].iloc[0])
@@ -120,7 +120,7 @@ def test_one_more_method_is_one_more_file(store, mine):
     mine.write_text(MINE.replace("/ tau", "/ (2 * tau)"))
     code_fingerprint.cache_clear()
     assert store.key(spec) != key
-    assert store.key(plan.dpo_run(P, 0)) == store.key(plan.dpo_run(P, 0))
+    assert store.key(plan.run(P, 0, "dpo")) == store.key(plan.run(P, 0, "dpo"))
 
 
 def sided(rows: int, seed: int):

@@ -45,11 +45,11 @@ def test_every_preset_holds_together(profile, dataset):
 def test_presets_of_the_world_describe_runs(profile):
     p = check({"profile": profile})
     for seed in p.seeds:
-        run = plan.dpo_run(p, seed)
+        run = plan.run(p, seed, "dpo")
         assert run.optimisation.steps == round(p.epochs * p.pairs / p.batch)
         assert run.sft.data.seed == run.sft.seed == run.optimisation.seed == seed
         assert len(run.steps()) == p.checkpoints
-        rewarded = plan.ppo_run(p, seed)
+        rewarded = plan.run(p, seed, "ppo")
         assert (rewarded.sft, rewarded.control, rewarded.reward) == (run.sft, controls.FULL, None)
         assert (rewarded.optimisation.steps, rewarded.optimisation.batch_size) == (p.iterations, p.ppo_batch)
 
@@ -376,7 +376,7 @@ def preferences(tmp_path):
 def test_steps_follow_from_epochs_and_pairs():
     """40 pairs in batches of 8 are 5 updates an epoch."""
     p = check(SMALL | {"epochs": 3.0, "long_epochs": 10.0})
-    short, long = plan.dpo_run(p, 0), plan.dpo_run(p, 0, part="uniform", long=True)
+    short, long = plan.run(p, 0, "dpo"), plan.run(p, 0, "dpo", part="uniform", long=True)
     assert (short.optimisation.steps, long.optimisation.steps) == (15, 50)
     assert (short.optimisation.schedule, long.optimisation.schedule) == ("linear", "constant")
     assert (short.control, long.control) == (controls.FULL, controls.Control(part="uniform"))
@@ -389,14 +389,14 @@ SIZES = {"probe": 33, "ppo_probe": 34, "choice_probe": 35}
 def test_parameters_reach_the_measurements():
     targets = {"responses": "unrelated", "prompts": "train", "decoding": "greedy", "reduction": "mean"}
     p = check(SMALL | {f"target_{k}": v for k, v in targets.items()} | {"method": "central"} | SIZES)
-    run = plan.dpo_run(p, 0)
+    run = plan.run(p, 0, "dpo")
     measured = plan.alignment_run(p, run, probe="check")
     assert measured.targets.model_dump() == targets | {"count": 6}
     assert (measured.run, measured.probe, measured.size, measured.method) == (run, "check", 33, "central")
     choices = {"as declared": measured.targets}
     chosen = plan.targets_run(p, run, choices)
     assert (chosen.run, chosen.choices, chosen.probe, chosen.size) == (run, choices, "check", 35)
-    assert plan.alignment_run(p, plan.ppo_run(p, 0)).size == 34
+    assert plan.alignment_run(p, plan.run(p, 0, "ppo")).size == 34
     explored = plan.exploration_run(p.model_copy(update={"explore_prompts": 5, "explore_samples": 3}), run)
     assert (explored.run, explored.prompts, explored.samples) == (run, 5, 3)
 
@@ -416,7 +416,7 @@ def test_each_choice_of_targets_differs_in_what_it_is_named_after(declared, othe
     p = check(SMALL | declared)
     choices = plan.target_choices(p)
     base = choices.pop("as declared")
-    assert base == plan.alignment_run(p, plan.dpo_run(p, 0)).targets and list(choices) == others
+    assert base == plan.alignment_run(p, plan.run(p, 0, "dpo")).targets and list(choices) == others
     for name, choice in choices.items():
         what, value = name.split(": ")
         assert choice.model_dump() == base.model_dump() | {what: value} != base.model_dump()
@@ -425,18 +425,22 @@ def test_each_choice_of_targets_differs_in_what_it_is_named_after(declared, othe
 def test_supervised_fine_tuning_is_shared_between_label_noises(tmp_path):
     """Everything that reads labels has a run of its own for each noise; demonstrations and true rewards have none."""
     store, noisy = RunStore(tmp_path), [check(SMALL | {"label_noise": noise}) for noise in (0.0, 0.2, 0.4)]
-    for made in (plan.sft_run, plan.ppo_run):
+
+    def plain(method):
+        return lambda p, seed: plan.run(p, seed, method)
+
+    for made in (plan.sft_run, plain("ppo"), plain("grpo")):
         assert len({store.key(made(p, 0)) for p in noisy}) == 1
 
     def learned(p, seed):
-        return plan.ppo_run(p, seed, reward="learned")
+        return plan.run(p, seed, "ppo", reward="learned")
 
-    for made in (plan.dpo_run, plan.reward_run, learned, lambda p, seed: plan.dpo_run(p, seed).scored()):
+    for made in (plain("dpo"), plan.reward_run, learned, lambda p, seed: plan.run(p, seed, "dpo").scored()):
         runs = [made(p, 0) for p in noisy]
         assert len({store.key(run) for run in runs}) == 3
         assert [run.data.label_noise for run in runs] == [0.0, 0.2, 0.4] and len({run.sft for run in runs}) == 1
     for p in noisy:
-        dpo, rewarded = plan.dpo_run(p, 0), plan.ppo_run(p, 0, reward="learned")
+        dpo, rewarded = plan.run(p, 0, "dpo"), plan.run(p, 0, "ppo", reward="learned")
         assert dpo.scored() == rewarded.scored() and dpo.parents() == [dpo.sft, dpo.scored()]
         assert rewarded.parents() == [dpo.sft, dpo.scored(), plan.reward_run(p, 0)]
         assert dpo.data == rewarded.data == rewarded.reward.data == plan.data_spec(p, 0)
@@ -446,15 +450,15 @@ def test_each_reward_has_its_leash(tmp_path):
     """A learned reward is believed only near the reference; what is given by name goes before either parameter."""
     p = check(SMALL | {"kl_coefficient": 0.1, "learned_kl": 0.7})
     for reward, coefficient in (("true", 0.1), ("learned", 0.7), (None, 0.1)):
-        assert plan.ppo_run(p, 0, reward=reward).kl_coefficient == coefficient
-        assert [plan.ppo_run(p, 0, reward=reward, leash=leash).kl_coefficient for leash in (0.0, 0.3)] == [0.0, 0.3]
-    assert plan.ppo_run(p.model_copy(update={"reward": "learned"}), 0) == plan.ppo_run(p, 0, reward="learned")
+        assert plan.run(p, 0, "ppo", reward=reward).kl_coefficient == coefficient
+        assert [plan.run(p, 0, "ppo", reward=reward, leash=leash).kl_coefficient for leash in (0.0, 0.3)] == [0.0, 0.3]
+    assert plan.run(p.model_copy(update={"reward": "learned"}), 0, "ppo") == plan.run(p, 0, "ppo", reward="learned")
 
 
 def test_a_reward_model_sees_the_pairs_as_often_as_asked():
     """40 pairs, 4 times in batches of 8; a batch is never larger than the pairs there are."""
     p = check(SMALL | {"reward_epochs": 4.0})
-    learned = plan.ppo_run(p, 0, reward="learned")
+    learned = plan.run(p, 0, "ppo", reward="learned")
     assert learned.reward == plan.reward_run(p, 0) and learned.reward.optimisation.steps == 20
     assert learned.parents()[0] == learned.sft == learned.reward.sft and learned.reward in learned.parents()
     large = plan.reward_run(p.model_copy(update={"batch": 64}), 0).optimisation
@@ -464,7 +468,7 @@ def test_a_reward_model_sees_the_pairs_as_often_as_asked():
 def test_a_file_with_fewer_pairs_makes_fewer_steps(preferences):
     """40 - 8 prompts are left; the check has its share of 8 / (64 + 8): 4 prompts, so 28 pairs to train on."""
     p = check(SMALL | {"dataset": str(preferences), "pairs": 64, "epochs": 2.0})
-    assert plan.dpo_run(p, 0).optimisation.steps == round(2 * 28 / 8)
+    assert plan.run(p, 0, "dpo").optimisation.steps == round(2 * 28 / 8)
 
 
 def test_files_are_found_from_the_current_folder(preferences, monkeypatch):
@@ -485,7 +489,7 @@ def test_files_are_found_from_the_current_folder(preferences, monkeypatch):
 def test_settings_that_do_not_fit_the_data_are_named_before_anything_runs(given, said):
     p = check(SMALL | given)
     with pytest.raises(ParameterError) as error:
-        plan.dpo_run(p, 0)
+        plan.run(p, 0, "dpo")
     assert said in str(error.value)
 
 
@@ -503,14 +507,14 @@ def test_settings_that_do_not_fit_the_data_are_named_before_anything_runs(given,
 def test_settings_of_ppo_that_do_not_fit_are_named_before_anything_runs(preferences, given, said):
     p = check(SMALL | {k: str(preferences) if v == "FILE" else v for k, v in given.items()})
     with pytest.raises(ParameterError) as error:
-        plan.ppo_run(p, 0)
+        plan.run(p, 0, "ppo")
     assert said in str(error.value)
 
 
 def test_as_many_rollouts_as_prompts_are_allowed(preferences):
-    assert plan.ppo_run(check(SMALL | {"rollouts": 1528}), 0).rollouts == 1528
+    assert plan.run(check(SMALL | {"rollouts": 1528}), 0, "ppo").rollouts == 1528
     file = check(SMALL | {"dataset": str(preferences), "rollouts": 27, "ppo_batch": 27})
-    assert plan.ppo_run(file, 0).reward == plan.reward_run(file, 0)
+    assert plan.run(file, 0, "ppo").reward == plan.reward_run(file, 0)
 
 
 @pytest.mark.parametrize(
@@ -519,7 +523,7 @@ def test_as_many_rollouts_as_prompts_are_allowed(preferences):
 )
 def test_a_world_that_cannot_be_split_is_an_error_that_names_the_setting(given, named):
     with pytest.raises(ValueError, match=named):
-        plan.dpo_run(check(SMALL | given), 0)
+        plan.run(check(SMALL | given), 0, "dpo")
 
 
 def test_a_checkpoint_is_identified_by_its_files(tmp_path):
@@ -565,26 +569,26 @@ def test_every_parameter_of_ppo_changes_the_key_of_its_runs_alone(tmp_path):
     """From a learned reward, whose leash is `learned_kl`; with the true one `kl_coefficient` is what counts."""
     store, p = RunStore(tmp_path), check(SMALL | {"reward": "learned"})
     others = [p.model_copy(update={name: value}) for name, value in PPO.items()]
-    keys = [store.key(plan.ppo_run(q, 0)) for q in (p, *others)]
-    assert len({*keys, store.key(plan.ppo_run(p, 0, part="top"))}) == len(PPO) + 2
-    assert len({store.key(plan.dpo_run(q, 0)) for q in (p, *others)}) == 1
-    run = plan.ppo_run(p.model_copy(update=PPO), 0, leash=0.3)
+    keys = [store.key(plan.run(q, 0, "ppo")) for q in (p, *others)]
+    assert len({*keys, store.key(plan.run(p, 0, "ppo", part="top"))}) == len(PPO) + 2
+    assert len({store.key(plan.run(q, 0, "dpo")) for q in (p, *others)}) == 1
+    run = plan.run(p.model_copy(update=PPO), 0, "ppo", leash=0.3)
     same = PPO.keys() & type(run).model_fields.keys() - {"reward"}
     assert len(same) == 10 and {name: getattr(run, name) for name in same} == {name: PPO[name] for name in same}
     assert (run.epochs, run.reward, run.kl_coefficient, plan.alignment_run(p, run).run) == (3, None, 0.3, run)
     for own, reward in {"kl_coefficient": "true", "learned_kl": "learned"}.items():
         by_name = [
-            store.key(plan.ppo_run(p.model_copy(update={name: 0.3}), 0, reward=reward))
+            store.key(plan.run(p.model_copy(update={name: 0.3}), 0, "ppo", reward=reward))
             for name in ("kl_coefficient", "learned_kl")
         ]
-        unchanged = store.key(plan.ppo_run(p, 0, reward=reward))
+        unchanged = store.key(plan.run(p, 0, "ppo", reward=reward))
         assert [key != unchanged for key in by_name] == [name == own for name in ("kl_coefficient", "learned_kl")]
 
 
 def test_every_parameter_of_exploration_changes_its_key(tmp_path):
     store, p = RunStore(tmp_path), check(SMALL)
     keys = {
-        store.key(plan.exploration_run(q, plan.dpo_run(q, 0)))
+        store.key(plan.exploration_run(q, plan.run(q, 0, "dpo")))
         for q in (p, *(p.model_copy(update={name: value}) for name, value in EXPLORE.items()))
     }
     assert len(keys) == 3
@@ -592,7 +596,7 @@ def test_every_parameter_of_exploration_changes_its_key(tmp_path):
 
 def test_every_parameter_of_variants_changes_the_key_of_some_of_them_alone(tmp_path):
     store, p = RunStore(tmp_path), check(SMALL | {"dpo_negative": [[0, 1.0]], "ppo_negative": [[0, 1.0]]})
-    plain = {store.key(plan.dpo_run(p, 0)), store.key(plan.ppo_run(p, 0))}
+    plain = {store.key(plan.run(p, 0, "dpo")), store.key(plan.run(p, 0, "ppo"))}
 
     def keys(q) -> set[str]:
         return {store.key(plan.variant_run(q, 0, m, name)) for m in ("dpo", "ppo") for name in variants.names(q, m)}
@@ -600,7 +604,7 @@ def test_every_parameter_of_variants_changes_the_key_of_some_of_them_alone(tmp_p
     assert len(keys(p)) == 4 + 1 + 7 + 1 and not keys(p) & plain
     for name, value in VARIANTS.items():
         q = p.model_copy(update={name: value})
-        assert keys(q) != keys(p) and {store.key(plan.dpo_run(q, 0)), store.key(plan.ppo_run(q, 0))} == plain
+        assert keys(q) != keys(p) and {store.key(plan.run(q, 0, "dpo")), store.key(plan.run(q, 0, "ppo"))} == plain
 
 
 def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
@@ -621,10 +625,10 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
     changed |= dict.fromkeys(elsewhere)
 
     def key(p) -> str:
-        return store.key(plan.alignment_run(p, plan.dpo_run(p, 0)))
+        return store.key(plan.alignment_run(p, plan.run(p, 0, "dpo")))
 
     keys = [key(p.model_copy(update={name: value})) for name, value in changed.items() if value is not None]
-    assert len({key(p), *keys, store.key(plan.alignment_run(p, plan.dpo_run(p, 1)))}) == len(keys) + 2
+    assert len({key(p), *keys, store.key(plan.alignment_run(p, plan.run(p, 1, "dpo")))}) == len(keys) + 2
     assert key(p) == key(p.model_copy(update={"seeds": [9], "profile": "reader"}))
 
 

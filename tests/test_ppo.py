@@ -54,7 +54,7 @@ def store(tmp_path_factory) -> RunStore:
 
 @pytest.fixture(scope="module")
 def run(store):
-    return store.get(plan.ppo_run(WORLD, seed=0))
+    return store.get(plan.run(WORLD, 0, "ppo"))
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +99,14 @@ def test_a_run_keeps_what_training_runs_keep_and_its_values(run):
 )
 def test_the_first_minibatch_of_an_iteration_meets_the_policy_that_sampled(store, given):
     """Its ratios are 1 to the last bit and none is clipped, whether or not minibatches divide the rollouts."""
-    steps = store.get(plan.ppo_run(changed(**given), seed=0)).frame("steps")
+    steps = store.get(plan.run(changed(**given), 0, "ppo")).frame("steps")
     assert (steps["first_ratio_max"] == 1.0).all() and (steps["first_clip_fraction"] == 0.0).all()
     assert (steps["ratio_max"] > 1.0).all()  # later ones have moved
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_before_the_first_step_ppo_is_its_reference(store, temperature):
-    run = store.get(plan.ppo_run(changed(temperature=temperature), seed=0))
+    run = store.get(plan.run(changed(temperature=temperature), 0, "ppo"))
     start, first = run.frame("checkpoints").iloc[0], run.frame("steps").iloc[0]
     assert start["win_rate"] == 0.5
     assert start["kl"] == pytest.approx(0, abs=1e-6) and start["check_margin"] == pytest.approx(0, abs=1e-4)
@@ -149,7 +149,7 @@ def test_ppo_learns_what_is_rewarded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo.PPORun, "score", short)
     p = changed(iterations=30, rollouts=16, ppo_batch=16, ppo_lr=1e-2, value_lr=1e-2, kl_coefficient=0.0)
-    steps = RunStore(tmp_path).get(plan.ppo_run(p, seed=0)).frame("steps")
+    steps = RunStore(tmp_path).get(plan.run(p, 0, "ppo")).frame("steps")
     assert (steps["reward"] + steps["length"]).abs().max() < 1e-5
     assert steps["length"].iloc[-5:].mean() < 0.5 * steps["length"].iloc[:5].mean()
 
@@ -191,7 +191,7 @@ def files(folder: Path) -> dict[str, bytes]:
 )
 def test_an_interrupted_run_ends_with_the_same_files(run, tmp_path, monkeypatch, module, name, call):
     """Continued by another store: tables, checkpoints, values and final weights, byte for byte."""
-    said, ticks, spec = [], [], plan.ppo_run(WORLD, seed=0)
+    said, ticks, spec = [], [], plan.run(WORLD, 0, "ppo")
     interrupted = RunStore(tmp_path, said.append)
     interrupted.ensure(spec.parents(), workers=1)
     with monkeypatch.context() as patch:
@@ -209,14 +209,14 @@ def test_an_interrupted_run_ends_with_the_same_files(run, tmp_path, monkeypatch,
 
 def test_passes_end_early_where_the_policy_has_moved_enough(store, run):
     """Nothing has moved at an iteration's first update, and after it more than next to nothing: two are made."""
-    tight, loose = (store.get(plan.ppo_run(changed(stop_kl=stop), seed=0)).frame("steps") for stop in (1e-9, 1_000.0))
+    tight, loose = (store.get(plan.run(changed(stop_kl=stop), 0, "ppo")).frame("steps") for stop in (1e-9, 1_000.0))
     assert (tight["updates"] == 2).all() and (tight["moved"] > 0).all()
     pd.testing.assert_frame_equal(loose, run.frame("steps"), check_exact=True)
 
 
 def test_controls_change_the_training(store, run):
     """The first rollouts are the same and so is what is paid for them; the policies that follow are not."""
-    logs = {control: store.get(plan.ppo_run(WORLD, 0, control)).frame("steps") for control in controls.CONTROLS}
+    logs = {control: store.get(plan.run(WORLD, 0, "ppo", control)).frame("steps") for control in controls.CONTROLS}
     pd.testing.assert_frame_equal(logs["full"], run.frame("steps"))
     for name in ("reward", "length", "entropy"):
         assert len({log[name].iloc[0] for log in logs.values()}) == 1
@@ -227,7 +227,7 @@ def test_controls_change_the_training(store, run):
 
 @pytest.mark.parametrize("probe", recipes.PROBES)
 def test_tables_of_a_measurement_fit_together(store, probe):
-    measured = store.get(plan.alignment_run(WORLD, plan.ppo_run(WORLD, seed=0), probe))
+    measured = store.get(plan.alignment_run(WORLD, plan.run(WORLD, 0, "ppo"), probe))
     table, sequences = measured.frame("alignment"), measured.frame("sequences")
     g = table.pivot(index="step", columns="component", values="g")
     assert g.index.tolist() == STEPS and set(g.columns) == set(controls.CONTROLS)
@@ -243,7 +243,7 @@ def test_tables_of_a_measurement_fit_together(store, probe):
 
 def test_tokens_of_a_measurement_are_those_of_its_rollouts(store):
     """Every token is a unit: its strength is its advantage's size, its third that among all tokens of all rollouts."""
-    spec = plan.ppo_run(changed(temperature=0.7), seed=0)
+    spec = plan.run(changed(temperature=0.7), 0, "ppo")
     measured = store.get(plan.alignment_run(WORLD, spec, "check"))
     tokens, sequences = measured.frame("tokens"), measured.frame("sequences")
     assert (tokens["side"] == 0).all()
@@ -268,7 +268,7 @@ def test_tokens_of_a_measurement_are_those_of_its_rollouts(store):
 
 def test_probes_are_different_rollouts_and_always_the_same(store, run):
     """At step 0 one policy replies to one set of prompts, in one way for each probe."""
-    spec = plan.ppo_run(WORLD, seed=0)
+    spec = plan.run(WORLD, 0, "ppo")
     model, tokenizer = recipes.load_checkpoint(run, 0)
     drawn = [spec.prober(store, tokenizer, probe, 24)(0, model)[0].rollouts for probe in recipes.PROBES]
     again = spec.prober(store, tokenizer, "train", 24)(0, model)[0].rollouts
@@ -290,7 +290,7 @@ def collected(spec, store, sft, value_model, size: int):
 
 
 def test_padding_and_batch_size_change_no_advantage(store, sft, monkeypatch):
-    spec = plan.ppo_run(changed(kl_coefficient=0.5, gamma=0.9), seed=0)
+    spec = plan.run(changed(kl_coefficient=0.5, gamma=0.9), 0, "ppo")
     value_model = with_random_head(True, sft.folder / "policy")
     whole = collected(spec, store, sft, value_model, 24)
     in_parts = collected(spec, store, sft, value_model, 5)
@@ -303,7 +303,7 @@ def test_padding_and_batch_size_change_no_advantage(store, sft, monkeypatch):
 
 def test_what_is_collected_follows_from_its_parts(store, sft):
     """Score at the last token and penalties before it, discounted back, less the value: with lambda 1, by a loop."""
-    spec = plan.ppo_run(changed(kl_coefficient=0.5, gamma=0.9, lam=1.0, whiten=False), seed=0)
+    spec = plan.run(changed(kl_coefficient=0.5, gamma=0.9, lam=1.0, whiten=False), 0, "ppo")
     value_model = with_random_head(True, sft.folder / "policy")
     model, tokenizer = recipes.final_policy(sft)
     reference, _ = tiny_policy(seed=3)
@@ -338,7 +338,7 @@ def test_rollouts_are_sampled_at_the_temperature(store, sft):
     value_model = ppo.headed(sft.folder / "policy", bias=True)
     limits, means = {"max_prompt": 24, "max_response": 28}, {}
     for temperature in (1e-4, 0.5, 1.0, 1.5):
-        spec = plan.ppo_run(changed(temperature=temperature), seed=0)
+        spec = plan.run(changed(temperature=temperature), 0, "ppo")
         score = spec.score(store, tokenizer)
         objective, *_ = spec.collect(model, model, value_model, tokenizer, score, prompts, 5, 24)
         batch = objective.rollouts
@@ -383,7 +383,7 @@ def assert_same_model(ours: Path, theirs: Path, before: Path) -> None:
 @pytest.mark.parametrize(("micro_batch", "parts_of"), [(3, {3, 2}), (7, {7, 1, 2})])
 def test_training_in_parts_is_the_same_training(store, monkeypatch, micro_batch, parts_of):
     """10 rollouts in minibatches of 8 and 2, these in parts of 3, 3 and 2 or of 7 and 1; policy and values."""
-    spec = plan.ppo_run(changed(ppo_batch=8, value_clip=0.2, iterations=3), seed=0)
+    spec = plan.run(changed(ppo_batch=8, value_clip=0.2, iterations=3), 0, "ppo")
     whole = store.get(in_parts(spec, 0, lr=0.1, value_lr=0.05))
     sizes = [at_once(monkeypatch, train, "token_logps"), at_once(monkeypatch, ppo, "token_values")]
     parts = store.get(in_parts(spec, micro_batch, lr=0.1, value_lr=0.05))
@@ -529,7 +529,7 @@ def test_an_interrupted_reward_model_ends_with_the_same_files(store, tmp_path, m
 def test_ppo_learns_from_a_reward_model(store, run):
     """Its reward is the model's score of the reply; the measurement goes by it too."""
     p = changed(reward="learned", reward_epochs=20.0)
-    spec = plan.ppo_run(p, seed=0)
+    spec = plan.run(p, 0, "ppo")
     assert spec.reward == plan.reward_run(p, seed=0)
     steps = store.get(spec).frame("steps")
     assert np.isfinite(steps).all(axis=None) and (steps["first_ratio_max"] == 1.0).all()
@@ -546,7 +546,7 @@ def test_ppo_learns_from_a_reward_model(store, run):
 
 
 def test_the_true_reward_must_be_known(store, sft, monkeypatch):
-    spec = plan.ppo_run(WORLD, seed=0)
+    spec = plan.run(WORLD, 0, "ppo")
     nobody = data.Dataset([], [], [], [], {"train": []}, reward=None)
     monkeypatch.setattr(recipes, "dataset", lambda spec: nobody)
     with pytest.raises(ValueError, match="reward='true': the true reward of this dataset is not known"):

@@ -46,17 +46,17 @@ def store(tmp_path_factory) -> RunStore:
 
 @pytest.fixture(scope="module")
 def dpo(store):
-    return store.get(plan.dpo_run(WORLD, seed=0))
+    return store.get(plan.run(WORLD, 0, "dpo"))
 
 
 @pytest.fixture(scope="module")
 def measured(store):
-    return store.get(plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0)))
+    return store.get(plan.alignment_run(WORLD, plan.run(WORLD, 0, "dpo")))
 
 
 def test_a_training_run_keeps_its_checkpoints_tables_and_policy(store, dpo):
     """3 epochs of 48 pairs in batches of 16, 4 times: 12 updates; checkpoints at 12 * (i / 2)^1.5 = 0, 4.2, 12."""
-    steps = plan.dpo_run(WORLD, seed=0).steps()
+    steps = plan.run(WORLD, 0, "dpo").steps()
     assert steps == [0, 4, 12]
     names = {p.name for p in dpo.folder.iterdir()}
     expected = {f"checkpoint-{step}.safetensors" for step in steps} | {f"{name}.parquet" for name in TABLES}
@@ -119,7 +119,7 @@ def test_tables_of_a_measurement_fit_together(measured):
 
 def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
     """<P grad L, grad NLL of D'> by autograd, P from the running squares with grad L in them; <d, real update>."""
-    spec, table = plan.dpo_run(WORLD, seed=0), measured.frame("alignment")
+    spec, table = plan.run(WORLD, 0, "dpo"), measured.frame("alignment")
     full = table.query("component == 'full'").set_index("step")
     final, tokenizer = recipes.final_policy(dpo)
     targets = plan.target_spec(WORLD).draw(spec.data, final, tokenizer)
@@ -159,9 +159,9 @@ def test_alignment_for_the_optimiser_from_gradients(store, dpo, measured):
 def test_under_sgd_the_alignment_for_the_optimiser_is_the_raw_one_but_for_clipping(store):
     """Where the gradient's norm is below 1 nothing is clipped; the early gradients of SFT are far above."""
     p = WORLD.model_copy(update={"optimizer": "sgd", "lr": 0.5})
-    run = store.get(plan.dpo_run(p, seed=0))
+    run = store.get(plan.run(p, 0, "dpo"))
     assert not list(run.folder.glob("moment-*"))
-    table = store.get(plan.alignment_run(p, plan.dpo_run(p, seed=0))).frame("alignment")
+    table = store.get(plan.alignment_run(p, plan.run(p, 0, "dpo"))).frame("alignment")
     assert np.allclose(table["g"], table["g_opt"], rtol=1e-6, equal_nan=True)
     sft = store.get(plan.alignment_run(p, plan.sft_run(p, seed=0))).frame("alignment")
     start = sft.query("component == 'full' and step == 0").iloc[0]
@@ -173,7 +173,7 @@ def test_under_sgd_the_alignment_for_the_optimiser_is_the_raw_one_but_for_clippi
 
 
 def test_the_alignment_for_the_optimiser_is_measured_where_it_is_asked_for(store, measured):
-    plain = store.get(plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0), aware=False)).frame("alignment")
+    plain = store.get(plan.alignment_run(WORLD, plan.run(WORLD, 0, "dpo"), aware=False)).frame("alignment")
     assert plain[["g_opt", "se_opt"]].isna().all(axis=None)
     assert plain["g"].equals(measured.frame("alignment")["g"])
 
@@ -196,7 +196,7 @@ def test_tokens_of_a_measurement_are_its_sequences_one_by_one(store, measured):
     """
     tokens, sequences = measured.frame("tokens"), measured.frame("sequences")
     known = recipes.dataset(plan.data_spec(WORLD, 0))
-    reference = store.get(plan.dpo_run(WORLD, seed=0).scored()).frame("train")
+    reference = store.get(plan.run(WORLD, 0, "dpo").scored()).frame("train")
     assert tokens["step"].unique().tolist() == [0, 4, 12]
     for step, own in tokens.groupby("step"):
         pairs = sequences[sequences["step"] == step].set_index("example")
@@ -223,7 +223,7 @@ def test_tokens_of_a_measurement_are_its_sequences_one_by_one(store, measured):
 def test_tokens_of_a_large_probe_are_those_of_its_first_examples(store, measured, tmp_path, monkeypatch):
     """With thirds of all of them."""
     monkeypatch.setattr(measure, "TOKENS_OF", 5)
-    plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0)).compute(tmp_path, store, lambda work: None)
+    plan.alignment_run(WORLD, plan.run(WORLD, 0, "dpo")).compute(tmp_path, store, lambda work: None)
     few, every = pd.read_parquet(tmp_path / "tokens.parquet"), measured.frame("tokens")
     first = every[every["example"] < 5].reset_index(drop=True)
     assert set(few["example"]) == {0, 1, 2, 3, 4} and set(few["side"]) == {0, 1}
@@ -235,7 +235,7 @@ def test_tokens_of_a_large_probe_are_those_of_its_first_examples(store, measured
 def test_dpo_trains_on_the_pairs_as_they_are_labelled(store, noise):
     """The policy before the first step is SFT's: the likelihoods in the log are those of the labelled responses."""
     p = check(SMALL | {"label_noise": noise, "held_out": 10, "epochs": 1.0})
-    spec = plan.dpo_run(p, seed=0)
+    spec = plan.run(p, 0, "dpo")
     rows = world.pairs(world.split_prompts(0, 8, 10)["train"], 48, noise, seed=0)
     assert any(row["flipped"] for row in rows) == (noise > 0)
     model, tokenizer = recipes.final_policy(store.get(spec.sft))
@@ -253,7 +253,7 @@ def test_dpo_trains_on_the_pairs_as_they_are_labelled(store, noise):
 
 
 def test_both_methods_and_probes_measure(store, measured):
-    run = plan.dpo_run(WORLD, seed=0)
+    run = plan.run(WORLD, 0, "dpo")
     other = store.get(plan.alignment_run(WORLD.model_copy(update={"method": "central"}), run)).frame("alignment")
     ours = measured.frame("alignment")
     assert np.allclose(other["g"], ours["g"], atol=2e-3 * ours["g"].abs().max(), equal_nan=True)
@@ -274,12 +274,12 @@ def test_sft_is_measured_too(store):
 def test_controls_change_the_training(store, dpo):
     ends = {"full": dpo.frame("steps")["margin"].iloc[-1]}
     for control in ("positive", "negative", "uniform", "top"):
-        log = store.get(plan.dpo_run(WORLD, seed=0, part=control)).frame("steps")
+        log = store.get(plan.run(WORLD, 0, "dpo", part=control)).frame("steps")
         assert log["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-5)
         ends[control] = log["margin"].iloc[-1]
     assert len(set(ends.values())) == len(ends)
-    positive = store.get(plan.dpo_run(WORLD, seed=0, part="positive")).frame("steps")
-    negative = store.get(plan.dpo_run(WORLD, seed=0, part="negative")).frame("steps")
+    positive = store.get(plan.run(WORLD, 0, "dpo", part="positive")).frame("steps")
+    negative = store.get(plan.run(WORLD, 0, "dpo", part="negative")).frame("steps")
     assert positive["logp_chosen"].iloc[-1] > positive["logp_chosen"].iloc[0]
     assert negative["logp_rejected"].iloc[-1] < negative["logp_rejected"].iloc[0]
 
@@ -301,7 +301,7 @@ def test_an_interrupted_run_ends_with_the_same_tables(store, dpo, tmp_path, monk
 
     interrupted = RunStore(tmp_path, said.append)
     interrupted.get(plan.sft_run(WORLD, seed=0))
-    spec = plan.dpo_run(WORLD, seed=0)
+    spec = plan.run(WORLD, 0, "dpo")
     with monkeypatch.context() as patch:
         patch.setattr(recipes, "evaluate", failing)
         with pytest.raises(Crash):
@@ -403,7 +403,7 @@ def preferences(tmp_path):
 def test_a_file_of_preferences_end_to_end(tmp_path, preferences):
     p = check(FILE | {"dataset": str(preferences)})
     store = RunStore(tmp_path / "runs")
-    spec = plan.dpo_run(p, seed=0)
+    spec = plan.run(p, 0, "dpo")
     run = store.get(spec)
     table = run.frame("checkpoints")
     assert table["win_rate"].isna().all() and table["reward_greedy"].isna().all()  # nobody knows the true reward
@@ -429,9 +429,11 @@ def test_a_file_is_identified_by_what_is_in_it_not_by_where_it_is(tmp_path, pref
     changed = tmp_path / "changed.jsonl"
     changed.write_bytes(preferences.read_bytes() + b"\n")
     store = RunStore(tmp_path / "runs")
-    keys = [store.key(plan.dpo_run(check(FILE | {"dataset": str(path)}), 0)) for path in (preferences, moved, changed)]
+    keys = [
+        store.key(plan.run(check(FILE | {"dataset": str(path)}), 0, "dpo")) for path in (preferences, moved, changed)
+    ]
     assert keys[0] == keys[1] != keys[2]
-    assert store.key(plan.dpo_run(check(FILE), 0)) not in keys
+    assert store.key(plan.run(check(FILE), 0, "dpo")) not in keys
 
 
 def tied_policy():
@@ -464,7 +466,7 @@ def test_a_checkpoint_by_path_is_used_as_it_is(tmp_path, kind):
     kept, _ = recipes.final_policy(sft)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept.parameters(), strict=True))
     assert sft.frame("checkpoints")["step"].tolist() == [0] and sft.frame("steps").empty
-    spec = plan.dpo_run(p, seed=0)
+    spec = plan.run(p, 0, "dpo")
     assert store.get(spec).frame("checkpoints")["win_rate"].iloc[0] == 0.5
     table = store.get(plan.alignment_run(p, spec)).frame("alignment")
     assert np.isfinite(table.query("component == 'full'")["g"]).all()

@@ -209,7 +209,7 @@ def test_the_fingerprint_follows_sub_packages(tmp_path, monkeypatch):
 def planned(measured: bool) -> BaseModel:
     """A DPO run of the world, or its measurement."""
     p = check({"profile": "smoke"})
-    return plan.alignment_run(p, plan.dpo_run(p, 0)) if measured else plan.dpo_run(p, 0)
+    return plan.alignment_run(p, plan.run(p, 0, "dpo")) if measured else plan.run(p, 0, "dpo")
 
 
 class OtherPrompt(world.Prompt):
@@ -290,7 +290,7 @@ def test_what_a_spec_carries_may_be_changed_and_changes_its_key(store, monkeypat
     p = check({"profile": "smoke"})
 
     def keys() -> list[str]:
-        run = plan.dpo_run(p, 0)
+        run = plan.run(p, 0, "dpo")
         return [store.key(spec) for spec in (run, run.sft, run.scored(), plan.alignment_run(p, run))]
 
     before = keys()

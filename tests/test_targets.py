@@ -47,7 +47,11 @@ def changed(**given):
     return check(SMALL | given)
 
 
-RUNS = {"sft": plan.sft_run, "dpo": plan.dpo_run, "ppo": plan.ppo_run}
+RUNS = {
+    "sft": plan.sft_run,
+    "dpo": lambda p, seed: plan.run(p, seed, "dpo"),
+    "ppo": lambda p, seed: plan.run(p, seed, "ppo"),
+}
 CHOICES = plan.target_choices(WORLD)
 
 
@@ -59,7 +63,7 @@ def store(tmp_path_factory) -> RunStore:
 @pytest.fixture(scope="module")
 def final(store):
     """The final policy of DPO and its tokenizer."""
-    return recipes.final_policy(store.get(plan.dpo_run(WORLD, seed=0)))
+    return recipes.final_policy(store.get(plan.run(WORLD, 0, "dpo")))
 
 
 def log_likelihoods(model, batch, temperature: float = 1.0) -> torch.Tensor:
@@ -151,7 +155,7 @@ def test_one_gradient_gives_what_token_scores_give(store, kind):
 
 def test_g_and_cosine_of_dpo_from_whole_losses(store, final):
     """G = <grad of the mean NLL of D', grad of the published loss>, both by autograd; the cosine is over both norms."""
-    spec = plan.dpo_run(WORLD, seed=0)
+    spec = plan.run(WORLD, 0, "dpo")
     table = store.get(plan.targets_run(WORLD, spec, CHOICES)).frame("targets")
     assert table.groupby("step")["choice"].agg(list).tolist() == [list(CHOICES)] * 3
     assert table["cosine"].between(-1, 1).all() and (np.sign(table["cosine"]) == np.sign(table["g"])).all()
@@ -189,7 +193,7 @@ def test_g_and_cosine_of_dpo_from_whole_losses(store, final):
 
 def test_g_of_ppo_from_its_whole_surrogate(store):
     """At temperature 0.7 the surrogate is that of softmax(logits / 0.7); D' is judged as a policy is read, at 1."""
-    spec = plan.ppo_run(WORLD, seed=0)
+    spec = plan.run(WORLD, 0, "ppo")
     table = store.get(plan.targets_run(WORLD, spec, CHOICES)).frame("targets").set_index(["step", "choice"])
     run, known = store.get(spec), recipes.dataset(spec.data)
     model, tokenizer = recipes.load_checkpoint(run, 1)
@@ -234,7 +238,7 @@ def test_a_measurement_that_is_wrong_is_not_kept(store, tmp_path, wrong_forward,
 @pytest.mark.parametrize(("aware", "rows"), [(True, [40, 40]), (False, [8])])
 def test_what_is_checked(store, tmp_path, monkeypatch, aware, rows):
     """All rows of a probe, along d and along the optimiser's steps, where their gradient is there, else the first."""
-    spec, seen, check_scores = plan.dpo_run(WORLD, seed=0), [], alignment.check
+    spec, seen, check_scores = plan.run(WORLD, 0, "dpo"), [], alignment.check
 
     def noted(where, method, w, *rest):
         seen.append((where, method, len(w)))
@@ -252,7 +256,7 @@ def test_what_is_checked(store, tmp_path, monkeypatch, aware, rows):
 
 def test_what_is_infinite_and_stays_so_has_not_moved(monkeypatch):
     """An output bias of -inf: the way from one checkpoint to the next is that of all other parameters."""
-    spec = plan.alignment_run(WORLD, plan.dpo_run(WORLD, seed=0))
+    spec = plan.alignment_run(WORLD, plan.run(WORLD, 0, "dpo"))
     model, after = build("phi"), build("phi")
     with torch.no_grad():
         for one in (model, after):
@@ -266,7 +270,7 @@ def test_what_is_infinite_and_stays_so_has_not_moved(monkeypatch):
 @pytest.mark.parametrize(("size", "blocks"), [(3, 3), (1, 1)])
 def test_there_are_no_more_blocks_than_examples(store, size, blocks):
     """One block has no spread, so no error is claimed."""
-    spec, ticks = plan.dpo_run(WORLD, seed=0), []
+    spec, ticks = plan.run(WORLD, 0, "dpo"), []
     store.get(spec)
     asked = TargetsRun(run=spec, choices={"a": CHOICES["as declared"]}, probe="train", size=size)
     table = store.get(asked, ticks.append).frame("targets")

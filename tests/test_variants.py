@@ -62,7 +62,9 @@ def test_a_hard_switch_changes_from_one_update_to_the_next():
 def test_every_variant_can_be_asked_for_and_every_name_is_a_variant():
     assert {name for group in variants.VARIANTS.values() for name in group} == set(profiles.VARIANTS)
     assert tuple(sensitivity.ALTERNATIVES) == profiles.ALTERNATIVES
-    assert sum(variants.names(P, m) == list(variants.VARIANTS[m]) for m in ("dpo", "ppo")) == 2
+    assert variants.names(P, "dpo") == list(variants.VARIANTS["pairs"]) == variants.names(P, "simpo")
+    assert variants.names(P, "ppo") == list(variants.VARIANTS["rollouts"]) == variants.names(P, "grpo")
+    assert variants.names(P, "sft") == []
     some = check({"profile": "smoke", "variants": "late, shift"})
     assert (variants.names(some, "dpo"), variants.names(some, "ppo")) == (["shift"], ["late"])
 
@@ -119,9 +121,9 @@ def test_unknown_variants_and_switches_that_never_happen():
         variants.control(early, "ppo", "late", 8)
 
 
-@pytest.mark.parametrize(("method", "plain"), [("dpo", plan.dpo_run), ("ppo", plan.ppo_run)])
-def test_a_variant_is_the_plain_run_but_for_its_control(method, plain):
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_a_variant_is_the_plain_run_but_for_its_control(method):
     for name in variants.names(P, method):
         run = plan.variant_run(P, 1, method, name)
         assert run.control != controls.FULL
-        assert run.model_copy(update={"control": controls.FULL}) == plain(P, 1)
+        assert run.model_copy(update={"control": controls.FULL}) == plan.run(P, 1, method)

@@ -58,7 +58,9 @@ class Parameters(BaseModel):
     sft_steps: int = Field(description="updates of supervised fine-tuning (0: the checkpoint is used as it is)", ge=0)
     sft_lr: float = Field(description="learning rate of SFT", gt=0)
     sft_batch: int = Field(description="demonstrations an update of SFT", ge=1)
-    beta: float = Field(description="DPO's beta, strength of the tie to the reference", gt=0)
+    beta: float = Field(
+        description="DPO's beta, strength of the tie to the reference", gt=0, json_schema_extra={"sets": "dpo.beta"}
+    )
     lr: float = Field(description="learning rate of DPO", gt=0)
     epochs: float = Field(description="passes of DPO over the pairs", gt=0)
     long_epochs: float = Field(description="passes of the over-long DPO run", gt=0)
@@ -75,7 +77,11 @@ class Parameters(BaseModel):
     reward: Literal["true", "learned"] = Field(description="PPO's reward: the world's own, or a model of the pairs")
     reward_epochs: float = Field(description="passes of the reward model over the pairs", gt=0)
     reward_lr: float = Field(description="learning rate of the reward model", gt=0)
-    clip: float = Field(description="PPO's clip of the probability ratio, on either side of 1", gt=0)
+    clip: float = Field(
+        description="PPO's clip of the probability ratio, on either side of 1",
+        gt=0,
+        json_schema_extra={"sets": "ppo.clip"},
+    )
     value_clip: float = Field(description="how far values count as moved in an iteration (0: no clipping)", ge=0)
     kl_coefficient: float = Field(description="PPO's penalty for a nat of KL to the reference, in points", ge=0)
     learned_kl: float = Field(description="the same penalty where the reward is learned", ge=0)
@@ -125,6 +131,12 @@ class Parameters(BaseModel):
             why = "chosen responses have neither other prompts nor a decoding"
             reasons |= dict.fromkeys(("target_prompts", "target_decoding"), why)
         return reasons
+
+    def settings_of(self, method: str) -> dict[str, float]:
+        """The settings of a method that parameters give, by name."""
+        given = {(f.json_schema_extra or {}).get("sets"): name for name, f in type(self).model_fields.items()}
+        own = {sets.partition(".")[2]: name for sets, name in given.items() if sets and sets.startswith(f"{method}.")}
+        return {setting: getattr(self, name) for setting, name in own.items()}
 
     @field_validator("seeds", mode="before")
     @classmethod

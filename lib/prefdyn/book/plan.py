@@ -1,9 +1,9 @@
 """From parameters to runs: which specs a chapter's parameters describe."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -17,7 +17,8 @@ from ..lab.recipes import DataSpec, ModelSpec, PairRun, PolicySpec, SFTRun, data
 from ..lab.train import Optimisation
 from ..lens import alignment
 from ..lens.controls import Control
-from ..methods import registry
+from ..methods import own, registry
+from ..methods.base import Method
 from . import variants
 from .params import ParameterError, Parameters
 
@@ -148,14 +149,29 @@ def sft_run(p: Parameters, seed: int) -> SFTRun:
     )
 
 
-def pair_run(
-    p: Parameters, seed: int, method: str, part: str = "full", long: bool = False, lr: float | None = None, **settings
-) -> PairRun:
-    """A method of preference pairs from the SFT policy of the same seed, with a part of its weights.
+def run(
+    p: Parameters, seed: int, method: str | Callable, part: str = "full", **choices
+) -> PairRun | PPORun | OnlineRun:
+    """A method from the SFT policy of the same seed, trained on what it takes.
 
-    method: a name in `methods.registry`; settings: its own numbers, by default those of its file. part: one of
-    `controls.CONTROLS`. `long` trains for `long_epochs` at a constant learning rate. lr: by default the parameter's.
+    method: a name in `methods.registry`, or a loss of pairs of one's own (`methods.own`). part: one of
+    `controls.CONTROLS`. choices: `long` (of pairs: for `long_epochs`, at a constant learning rate); `reward` ("true" or
+    "learned"), `leash` (the penalty for divergence) and `group` (replies to a prompt) of rollouts; `lr`; all others are
+    settings of the method. What is not given is as the parameters say, or the method's file.
     """
+    if callable(method):
+        return _pair_run(p, seed, own.from_function(method), part, **choices)
+    found = registry.find(method)
+    if found.takes == "pairs":
+        return _pair_run(p, seed, found, part, **choices)
+    if found.takes != "rollouts":
+        raise ValueError(f"method={method!r}: takes {found.takes}; allowed here: methods of pairs or of rollouts")
+    return (_critic_run if found.rollouts is None else _online_run)(p, seed, found, part, **choices)
+
+
+def _pair_run(
+    p: Parameters, seed: int, method: Method, part: str, long: bool = False, lr: float | None = None, **settings
+) -> PairRun:
     sft = sft_run(p, seed)
     data = data_spec(p, seed)
     pairs = len(dataset(data).pairs)  # a file may hold fewer than were asked for
@@ -167,8 +183,9 @@ def pair_run(
     return PairRun(
         sft=sft,
         data=data,
-        method=method,
-        settings=registry.settings(method, settings),
+        method=method.name,
+        code=method.code,
+        settings=registry.settings(method, p.settings_of(method.name) | settings),
         control=Control(part=part),
         optimisation=Optimisation(
             steps=steps,
@@ -181,11 +198,6 @@ def pair_run(
         ),
         checkpoints=p.checkpoints,
     )
-
-
-def dpo_run(p: Parameters, seed: int, part: str = "full", long: bool = False) -> PairRun:
-    """DPO with the parameters' beta, as `pair_run`."""
-    return pair_run(p, seed, "dpo", part, long, beta=p.beta)
 
 
 def reward_run(p: Parameters, seed: int) -> RewardRun:
@@ -207,14 +219,10 @@ def reward_run(p: Parameters, seed: int) -> RewardRun:
     )
 
 
-def ppo_run(
-    p: Parameters, seed: int, part: str = "full", reward: str | None = None, leash: float | None = None
-) -> PPORun:
-    """PPO from the SFT policy of the same seed, with a part of its weights (one of `controls.CONTROLS`).
-
-    reward: "true" or "learned", by default as the parameter says. leash: the KL penalty, by default the parameter's
-    for that reward.
-    """
+def _rollouts(
+    p: Parameters, seed: int, part: str, reward: str | None, leash: float | None, lr: float | None
+) -> dict[str, Any]:
+    """The fields that all methods of rollouts share. leash: by default the parameter's for that reward."""
     reward = reward or p.reward
     if leash is None:
         leash = p.kl_coefficient if reward == "true" else p.learned_kl
@@ -232,29 +240,45 @@ def ppo_run(
         raise ParameterError(
             f"rollouts: given {p.rollouts} (int), more than the {prompts} training prompts; allowed: 2 to {prompts}"
         )
-    return PPORun(
-        sft=sft_run(p, seed),
-        data=data,
-        reward=None if reward == "true" else reward_run(p, seed),
-        control=Control(part=part),
-        optimisation=Optimisation(
+    return {
+        "sft": sft_run(p, seed),
+        "data": data,
+        "reward": None if reward == "true" else reward_run(p, seed),
+        "control": Control(part=part),
+        "optimisation": Optimisation(
             steps=p.iterations,
             batch_size=p.ppo_batch,
-            lr=p.ppo_lr,
+            lr=p.ppo_lr if lr is None else lr,
             optimizer=p.optimizer,
             schedule="constant",
             micro_batch=p.micro_batch,
             seed=seed,
         ),
-        checkpoints=p.checkpoints,
-        rollouts=p.rollouts,
-        temperature=p.temperature,
-        epochs=p.ppo_epochs,
+        "checkpoints": p.checkpoints,
+        "rollouts": p.rollouts,
+        "temperature": p.temperature,
+        "epochs": p.ppo_epochs,
+        "kl_coefficient": leash,
+        "kl_estimator": p.kl_estimator,
+    }
+
+
+def _critic_run(
+    p: Parameters,
+    seed: int,
+    method: Method,
+    part: str,
+    reward: str | None = None,
+    leash: float | None = None,
+    lr: float | None = None,
+    **settings,
+) -> PPORun:
+    """With a value model, and one reply to a prompt."""
+    return PPORun(
+        **_rollouts(p, seed, part, reward, leash, lr),
+        **dict(registry.settings(method, p.settings_of(method.name) | settings)),
         value_lr=p.value_lr,
-        clip=p.clip,
         value_clip=p.value_clip,
-        kl_coefficient=leash,
-        kl_estimator=p.kl_estimator,
         gamma=p.gamma,
         lam=p.lam,
         whiten=p.whiten,
@@ -262,42 +286,37 @@ def ppo_run(
     )
 
 
-def online_run(
+def _online_run(
     p: Parameters,
     seed: int,
-    method: str,
-    part: str = "full",
+    method: Method,
+    part: str,
     reward: str | None = None,
+    leash: float | None = None,
     group: int = 4,
     lr: float | None = None,
     **settings,
 ) -> OnlineRun:
-    """A method of rollouts without a value model, from the SFT policy of the same seed, with a part of its weights.
-
-    As many replies an iteration, the same reward and the same penalty as `ppo_run`. method: a name in
-    `methods.registry`; settings: its own numbers. group: replies to a prompt. lr: by default that of PPO's policy.
-    """
-    same = ppo_run(p, seed, part, reward)
+    """Without a value model: as many replies an iteration, the same reward and the same penalty as with one."""
+    same = _rollouts(p, seed, part, reward, leash, lr)
     if p.rollouts % group:
         raise ParameterError(
             f"rollouts: given {p.rollouts} (int); allowed here: a multiple of {group} replies a prompt"
         )
     return OnlineRun(
-        **{name: getattr(same, name) for name in ("sft", "data", "reward", "control", "checkpoints", "rollouts")},
-        **{name: getattr(same, name) for name in ("temperature", "epochs", "kl_coefficient", "kl_estimator")},
-        optimisation=dataclasses.replace(same.optimisation, lr=p.ppo_lr if lr is None else lr),
-        method=method,
-        settings=registry.settings(method, settings),
+        **same,
+        method=method.name,
+        settings=registry.settings(method, p.settings_of(method.name) | settings),
         group=group,
     )
 
 
-def variant_run(p: Parameters, seed: int, method: str, name: str, long: bool = False) -> PairRun | PPORun:
-    """A controlled variant (`variants`) of "dpo" or "ppo": the plain run of the same seed in all but its control.
+def variant_run(p: Parameters, seed: int, method: str, name: str, **choices) -> PairRun | PPORun | OnlineRun:
+    """A controlled variant (`variants`) of a method: the plain run of the same seed in all but its control.
 
-    long: of the over-long DPO run. A named schedule is stretched over it, a free one keeps its steps.
+    choices: as for `run`. A named schedule is stretched over a long run, a free one keeps its steps.
     """
-    plain = dpo_run(p, seed, long=long) if method == "dpo" else ppo_run(p, seed)
+    plain = run(p, seed, method, **choices)
     return plain.model_copy(update={"control": variants.control(p, method, name, plain.optimisation.steps)})
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from ..findings.claims import RULES, Finding, Rule, apply_rule
 from ..lab.runs import RunStore
+from ..methods import registry
 from .evidence import TABLES, NotRun, measured
 from .params import ParameterError, Parameters
 
@@ -15,17 +16,18 @@ def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
 
     Raises ValueError for a rule whose table is none of TABLES, or lacks a column.
     """
-    tables: dict[str, pd.DataFrame | Exception] = {}
+    tables: dict[tuple[str, ...], pd.DataFrame | Exception] = {}
     findings = []
     for rule in rules:
         if rule.table not in TABLES:
             raise ValueError(f"rule {rule.name}: there is no table {rule.table!r}; there are: {', '.join(TABLES)}")
-        if rule.table not in tables:
+        asked = (rule.table, *rule.methods)
+        if asked not in tables:
             try:
-                tables[rule.table] = TABLES[rule.table](store, p)
+                tables[asked] = TABLES[rule.table](store, p, *rule.methods)
             except (NotRun, ParameterError) as missing:  # a variant may be impossible with these parameters
-                tables[rule.table] = missing
-        table = tables[rule.table]
+                tables[asked] = missing
+        table = tables[asked]
         if isinstance(table, Exception):
             findings.append(Finding(rule, None, "not run", str(table)))
         else:
@@ -43,20 +45,25 @@ def _half_the_width(p: Parameters) -> dict:
     return {"width": p.width // 2} if p.model == "scratch" and p.width // 2 % (2 * p.heads) == 0 else {}
 
 
-BOTH = ("dpo", "ppo")
-# Settings of the sensitivity table, one change at a time: how it is called, what is changed, and whose G is measured.
+BOTH = ("pairs", "rollouts")
+# Settings of the sensitivity table, one change at a time: how it is called, what is changed, and of which methods G is
+# measured, by what they take.
 ALTERNATIVES: dict[str, tuple[str, Callable[[Parameters], dict], tuple[str, ...]]] = {
     "probe": ("smaller probe", lambda p: {k: p.choice_probe for k in ("probe", "ppo_probe")}, BOTH),
     "seeds": ("other seeds", lambda p: {"seeds": [max(p.seeds) + 1 + i for i in range(len(p.seeds))]}, BOTH),
-    "beta": ("beta x 3", lambda p: {"beta": 3 * p.beta}, ("dpo",)),
-    "kl": ("KL coefficient x 4", lambda p: {k: 4 * getattr(p, k) for k in ("kl_coefficient", "learned_kl")}, ("ppo",)),
-    "lr": ("DPO's learning rate x 3", lambda p: {"lr": 3 * p.lr}, ("dpo",)),
-    "ppo_lr": ("PPO's learning rate x 3", lambda p: {"ppo_lr": 3 * p.ppo_lr}, ("ppo",)),
+    "beta": ("beta x 3", lambda p: {"beta": 3 * p.beta}, ("pairs",)),
+    "kl": (
+        "KL coefficient x 4",
+        lambda p: {k: 4 * getattr(p, k) for k in ("kl_coefficient", "learned_kl")},
+        ("rollouts",),
+    ),
+    "lr": ("DPO's learning rate x 3", lambda p: {"lr": 3 * p.lr}, ("pairs",)),
+    "ppo_lr": ("PPO's learning rate x 3", lambda p: {"ppo_lr": 3 * p.ppo_lr}, ("rollouts",)),
     "noise": ("more wrong labels", lambda p: _world(p, {"label_noise": min(0.5, p.label_noise + 0.2)}), BOTH),
-    "width": ("half the width", _half_the_width, ("dpo",)),
-    "decoding": ("D' sampled", lambda p: {"target_decoding": "sampled"}, ("dpo",)),
-    "prompts": ("D' on training prompts", lambda p: {"target_prompts": "train"}, ("dpo",)),
-    "reduction": ("D' mean over tokens", lambda p: {"target_reduction": "mean"}, ("dpo",)),
+    "width": ("half the width", _half_the_width, ("pairs",)),
+    "decoding": ("D' sampled", lambda p: {"target_decoding": "sampled"}, ("pairs",)),
+    "prompts": ("D' on training prompts", lambda p: {"target_prompts": "train"}, ("pairs",)),
+    "reduction": ("D' mean over tokens", lambda p: {"target_reduction": "mean"}, ("pairs",)),
 }
 
 
@@ -73,7 +80,9 @@ def _smaller_probe(p: Parameters) -> Parameters:
 
 def sensitivity_runs(p: Parameters, name: str) -> list:
     """What the sensitivity table computes of an alternative: raw G, on the smaller probe, of what it changes."""
-    changed, methods = alternative(p, name), ALTERNATIVES[name][2]
+    changed, takes = alternative(p, name), ALTERNATIVES[name][2]
+    judged = dict.fromkeys(method for rule in RULES if rule.table == "G" for method in rule.methods)
+    methods = [method for method in judged if registry.find(method).takes in takes]
     same = {spec.model_dump_json() for method in methods for spec in measured(p, method).values()}
     return [
         small

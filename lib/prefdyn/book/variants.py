@@ -1,4 +1,4 @@
-"""Controlled variants of DPO and PPO by name: which parts of the weights are scaled, and when.
+"""Controlled variants of methods of pairs and of rollouts, by name: which parts of the weights are scaled, and when.
 
 A variant is a `controls.Control`: nothing but factors on parts of the token weights. AdamW hardly notices a factor that
 all weights share, so what counts is how the parts compare with each other.
@@ -7,6 +7,7 @@ all weights share, so what counts is how the parts compare with each other.
 from collections.abc import Callable
 
 from ..lens.controls import Control, Schedule, check_schedule
+from ..methods import registry
 from .params import ParameterError, Parameters
 
 Build = Callable[[Parameters, int], Control]  # (parameters, updates of training) -> control
@@ -41,9 +42,10 @@ def _both(positive: Schedule, negative: Schedule) -> Control:
     return Control(factors={"positive": positive, "negative": negative})
 
 
-# (what it does, how it is built). The paper names cDPO, cPPO and hPPO, and its public text gives no formula.
+# By what a method takes: (what it does, how it is built). The paper names cDPO, cPPO and hPPO, and its text gives
+# no formula.
 VARIANTS: dict[str, dict[str, tuple[str, Build]]] = {
-    "dpo": {
+    "pairs": {
         "shift": (
             "gradually from positive to negative learning (our reading of cDPO)",
             lambda p, n: _both(ramp(1.0, p.floor, n), ramp(p.floor, 1.0, n)),
@@ -61,7 +63,7 @@ VARIANTS: dict[str, dict[str, tuple[str, Build]]] = {
             lambda p, n: Control(factors={"negative": _always(p.negative_scale)}),
         ),
     },
-    "ppo": {
+    "rollouts": {
         "decay": (
             "negative learning fades out over training (our reading of cPPO)",
             lambda p, n: Control(factors={"negative": ramp(1.0, p.floor, n)}),
@@ -95,20 +97,24 @@ VARIANTS: dict[str, dict[str, tuple[str, Build]]] = {
 FREE = "free"  # the name of the variant whose schedules are given as parameters
 
 
+def _known(method: str) -> dict[str, tuple[str, Build]]:
+    return VARIANTS.get(registry.find(method).takes, {})
+
+
 def free_schedules(p: Parameters, method: str) -> dict[str, list]:
     """The schedules that the parameters give for a method, by part of the weights; {} if none."""
-    given = {part: getattr(p, f"{method}_{part}") for part in ("positive", "negative")}
+    given = {part: getattr(p, f"{method}_{part}", None) for part in ("positive", "negative")}
     return {part: rows for part, rows in given.items() if rows}
 
 
 def names(p: Parameters, method: str) -> list[str]:
     """The variants of a method that the parameters ask for, in the order of VARIANTS, a free schedule last."""
-    asked = [name for name in VARIANTS[method] if name in p.variants]
+    asked = [name for name in _known(method) if name in p.variants]
     return asked + [FREE] * bool(free_schedules(p, method))
 
 
 def control(p: Parameters, method: str, name: str, steps: int) -> Control:
-    """The control of a variant for a training of `steps` updates (DPO) or iterations (PPO).
+    """The control of a variant for a training of `steps` updates (pairs) or iterations (rollouts).
 
     Raises ParameterError for a name that is not known, or a schedule that cannot be followed.
     """
@@ -120,11 +126,11 @@ def control(p: Parameters, method: str, name: str, steps: int) -> Control:
             except ValueError as error:
                 raise ParameterError(f"{method}_{part}: {error}") from error
         return Control(factors=factors)
-    if name not in VARIANTS[method]:
-        raise ParameterError(f"variant {name!r} of {method}: there is none; allowed: {', '.join(VARIANTS[method])}")
-    return VARIANTS[method][name][1](p, steps)
+    if name not in (known := _known(method)):
+        raise ParameterError(f"variant {name!r} of {method}: there is none; allowed: {', '.join(known)}")
+    return known[name][1](p, steps)
 
 
 def meaning(method: str, name: str) -> str:
     """What a variant does, in words."""
-    return "the schedules given as parameters" if name == FREE else VARIANTS[method][name][0]
+    return "the schedules given as parameters" if name == FREE else _known(method)[name][0]

@@ -74,8 +74,8 @@ class Rule:
     """One computable consequence of a claim.
 
     says: the prediction. why: why the claim implies it, where its threshold comes from. measure: an Estimate from the
-    table named `table`, of which it reads `columns`. predicted: the side of `threshold` on which the interval must lie.
-    figure: chapter and figure that show it.
+    table named `table` of `methods`, of which it reads `columns`. predicted: the side of `threshold` on which the
+    interval must lie. figure: chapter and figure that show it.
     """
 
     claim: str
@@ -83,6 +83,7 @@ class Rule:
     says: str
     why: str
     table: str
+    methods: tuple[str, ...]
     columns: tuple[str, ...]
     measure: Callable[[pd.DataFrame], Estimate]
     predicted: str  # "above" or "below"
@@ -105,132 +106,138 @@ RULES = (
     Rule(
         "C1", "C1a", "G of DPO is surely positive at nearly every checkpoint (share)",
         "stable targets: each update points at where training ends; nearly every is more than four in five",
-        "G of DPO", (*G, "g", "se"), _surely_positive("g", "se"), "above", SURE, "02-targets#fig-g",
+        "G", ("dpo",), (*G, "g", "se"), _surely_positive("g", "se"), "above", SURE, "02-targets#fig-g",
     ),
     Rule(
         "C1", "C1b", "so is the optimiser-aware G (share)",
         "G speaks of gradient descent; the claim is about the updates that AdamW makes",
-        "G of DPO", (*G, "g_opt", "se_opt"), _surely_positive("g_opt", "se_opt"), "above", SURE, "02-targets#fig-g",
+        "G", ("dpo",), (*G, "g_opt", "se_opt"), _surely_positive("g_opt", "se_opt"), "above", SURE, "02-targets#fig-g",
     ),
     Rule(
         "C1", "C1c", "cosine with the final responses above that with responses to other prompts",
         "else the targets would be no more than the style that all replies share",
-        "choices of D'", ("seed", "choice", "cosine"), _above_floor, "above", 0.0, "02-targets#fig-choices",
+        "choices of D'", ("dpo",), ("seed", "choice", "cosine"), _above_floor, "above", 0.0, "02-targets#fig-choices",
     ),
     Rule(
         "C2", "C2a", "DPO's G is sure of its sign more often than PPO's, at equal numbers of sequences (difference)",
         "exploration: PPO's updates point at its end less reliably than supervised ones do",
-        "sureness", ("seed", "dpo", "ppo"), lambda t: stats.mean_interval(t["dpo"] - t["ppo"]), "above", 0.0,
+        "sureness", ("dpo", "ppo"), ("seed", "first", "second"),
+        lambda t: stats.mean_interval(t["first"] - t["second"]), "above", 0.0,
         "02-targets#fig-equal",
     ),
     Rule(
         "C2", "C2b", "the true reward of PPO's sampled replies rises (points)",
         "exploitation: what is found is used",
-        "curve of PPO", ("seed", "step", "reward_sampled"), _change("reward_sampled"), "above", 0.0,
+        "curve", ("ppo",), ("seed", "step", "reward_sampled"), _change("reward_sampled"), "above", 0.0,
         "02-targets#fig-ppo",
     ),
     Rule(
         "C2", "C2c", "the entropy of PPO's policy falls (nats a reply)",
         "balance: exploration gives way to exploitation over training",
-        "curve of PPO", ("seed", "step", "entropy"), _change("entropy"), "below", 0.0, "02-targets#fig-ppo",
+        "curve", ("ppo",), ("seed", "step", "entropy"), _change("entropy"), "below", 0.0, "02-targets#fig-ppo",
     ),
     Rule(
         "C3", "C3a", "negative learning has a part in DPO's G (share of sizes)",
         "jointly: no half is negligible, here less than a tenth",
-        "G of DPO", (*G, "g"), _negative_share, "above", SMALL_SHARE, "03-positive-negative#fig-parts",
+        "G", ("dpo",), (*G, "g"), _negative_share, "above", SMALL_SHARE, "03-positive-negative#fig-parts",
     ),
     Rule(
         "C3", "C3b", "so has positive learning: the negative share is not all (share of sizes)",
         "the same from the other side",
-        "G of DPO", (*G, "g"), _negative_share, "below", 1 - SMALL_SHARE, "03-positive-negative#fig-parts",
+        "G", ("dpo",), (*G, "g"), _negative_share, "below", 1 - SMALL_SHARE, "03-positive-negative#fig-parts",
     ),
     Rule(
         "C3", "C3c", "without negative learning training ends at other replies (share of equal replies)",
         "a half that can be left out without changing where training ends does not shape it",
-        "replies of DPO's halves", ("label", "seed", "index", "step", "reply"), _agreement("positive"), "below",
+        "replies of halves", ("dpo",), ("label", "seed", "index", "step", "reply"), _agreement("positive"), "below",
         SAME_REPLIES, "03-positive-negative#fig-dpo-halves",
     ),
     Rule(
         "C3", "C3d", "without positive learning too (share of equal replies)",
         "the same for the other half",
-        "replies of DPO's halves", ("label", "seed", "index", "step", "reply"), _agreement("negative"), "below",
+        "replies of halves", ("dpo",), ("label", "seed", "index", "step", "reply"), _agreement("negative"), "below",
         SAME_REPLIES, "03-positive-negative#fig-dpo-halves",
     ),
     Rule(
         "C4", "C4a", "omega does not follow the true gap in reward (rank correlation, unseen pairs)",
         "a reward signal would give more weight to clearer pairs",
-        "omega", ("seed", "correlation"), lambda t: stats.mean_interval(t["correlation"], within=(-1, 1)), "below", 0.0,
+        "omega", ("dpo",), ("seed", "correlation"),
+        lambda t: stats.mean_interval(t["correlation"], within=(-1, 1)), "below", 0.0,
         "04-reweighting#fig-omega-signal",
     ),
     Rule(
         "C4", "C4b", "omega is larger where the worse response is the chosen one (AUC, unseen pairs)",
         "a reward signal would give less weight to wrong labels",
-        "omega", ("seed", "auc_worse"), lambda t: stats.mean_interval(t["auc_worse"], within=(0, 1)), "above", 0.5,
+        "omega", ("dpo",), ("seed", "auc_worse"),
+        lambda t: stats.mean_interval(t["auc_worse"], within=(0, 1)), "above", 0.5,
         "04-reweighting#fig-omega-signal",
     ),
     Rule(
         "C4", "C4c", "long run: the true reward of final sampled replies is higher with omega than without (points)",
         "a regulariser keeps what training too long would lose",
-        "long runs", ("label", "seed", "reward_sampled"), _full_minus("uniform", "reward_sampled"), "above", 0.0,
+        "long runs", ("dpo",), ("label", "seed", "reward_sampled"),
+        _full_minus("uniform", "reward_sampled"), "above", 0.0,
         "04-reweighting#fig-uniform",
     ),
     Rule(
         "C4", "C4d", "long run: accuracy on training minus unseen pairs is smaller with omega (share)",
         "overfitting in the narrow sense",
-        "long runs", ("label", "seed", "overfit"), _full_minus("uniform", "overfit"), "below", 0.0,
+        "long runs", ("dpo",), ("label", "seed", "overfit"), _full_minus("uniform", "overfit"), "below", 0.0,
         "04-reweighting#fig-uniform-why",
     ),
     Rule(
         "C5", "C5a", "the negative half is the smaller one in PPO's G (share of sizes)",
         "rather than determining the targets: the positive half carries them",
-        "G of PPO", (*G, "g"), _negative_share, "below", 0.5, "03-positive-negative#fig-parts",
+        "G", ("ppo",), (*G, "g"), _negative_share, "below", 0.5, "03-positive-negative#fig-parts",
     ),
     Rule(
         "C5", "C5b", "with negative learning entropy is higher at equal reward (nats a reply)",
         "supports exploration: more is left to be tried",
-        "variety of PPO's halves", ("label", "seed", "step", "reward", "entropy"),
+        "variety of halves", ("ppo",), ("label", "seed", "step", "reward", "entropy"),
         lambda t: stats.at_equal(t, "reward", "entropy", "label", "full", "positive"), "above", 0.0,
         "03-positive-negative#fig-path",
     ),
     Rule(
         "C5", "C5c", "and more kinds of answer are found at equal reward (share)",
         "entropy may be spent on wording; kinds of answer are what exploration should find",
-        "variety of PPO's halves", ("label", "seed", "step", "reward", "coverage"),
+        "variety of halves", ("ppo",), ("label", "seed", "step", "reward", "coverage"),
         lambda t: stats.at_equal(t, "reward", "coverage", "label", "full", "positive"), "above", 0.0,
         "03-positive-negative#fig-path",
     ),
     Rule(
         "C6", "C6a", "the top third of tokens contributes more to G than the bottom third (G of the tokens kept)",
         "distinct roles: the groups do not move the targets alike",
-        "roles of PPO's thirds", ("third", "seed", "g"), _top_minus_bottom("g"), "above", 0.0,
+        "roles of thirds", ("ppo",), ("third", "seed", "g"), _top_minus_bottom("g"), "above", 0.0,
         "04-reweighting#fig-advantage-thirds",
     ),
     Rule(
         "C6", "C6b", "also per unit of weight",
         "a group with more weight moves more; a role is more than its size",
-        "roles of PPO's thirds", ("third", "seed", "direction"), _top_minus_bottom("direction"), "above", 0.0,
+        "roles of thirds", ("ppo",), ("third", "seed", "direction"), _top_minus_bottom("direction"), "above", 0.0,
         "04-reweighting#fig-advantage-thirds",
     ),
     Rule(
         "C7", "C7a", "some variant of DPO changes the reward of final greedy replies (points, of either sign)",
         "performance; an effect has to be surely larger than the smallest that matters",
-        "variants of DPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
+        "variants", ("dpo",), GAINS, ablations.largest_effect, "above", SMALL_EFFECT,
+        "05-ablations#fig-ablation-effects",
     ),
     Rule(
         "C7", "C7b", "some variant of PPO does (points, of either sign)",
         "the same for PPO",
-        "variants of PPO", GAINS, ablations.largest_effect, "above", SMALL_EFFECT, "05-ablations#fig-ablation-effects",
+        "variants", ("ppo",), GAINS, ablations.largest_effect, "above", SMALL_EFFECT,
+        "05-ablations#fig-ablation-effects",
     ),
     Rule(
         "C7", "C7c", "some variant of DPO changes the mean reward of greedy replies over training (points)",
         "efficiency: what learns sooner has earned more on the way",
-        "variants of DPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
+        "variants", ("dpo",), GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
         SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
     Rule(
         "C7", "C7d", "some variant of PPO does (points, of either sign)",
         "the same for PPO",
-        "variants of PPO", GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
+        "variants", ("ppo",), GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
         SMALL_EFFECT, "05-ablations#fig-ablation-effects",
     ),
 )  # fmt: skip

@@ -21,7 +21,7 @@ from ..lens import likelihood
 from ..lens.batch import Batch, pad
 from ..lens.controls import Control
 from ..methods import dpo, rollout
-from ..methods.ppo import PPO
+from ..methods.ppo import METHOD, PPO
 from . import policy, recipes
 from .evaluate import reply, rewards
 from .train import Optimisation, digest, example_order, learning_rate, load_state, make_optimizer, save_state, update
@@ -211,7 +211,6 @@ class PPORun(recipes.Training):
     """PPO from an SFT policy. `optimisation.steps` counts iterations, its batch size is that of a minibatch."""
 
     takes: ClassVar[str] = "rollouts"
-    kind: Literal["ppo"] = "ppo"
     sft: recipes.SFTRun
     data: recipes.DataSpec
     reward: RewardRun | None  # None: the world's true reward
@@ -228,6 +227,11 @@ class PPORun(recipes.Training):
     lam: float
     whiten: bool
     stop_kl: float  # nats a token from the sampling policy at which an iteration's passes end; 0: never
+
+    @property
+    def kind(self) -> str:
+        """What the run is called by in the store: its method."""
+        return METHOD.name
 
     def scored(self) -> recipes.ReferenceRun:
         return recipes.ReferenceRun(sft=self.sft, data=self.data)

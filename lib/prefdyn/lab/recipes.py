@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..lens import likelihood
 from ..lens.batch import Batch
 from ..lens.controls import FULL, Control
-from ..methods import registry
+from ..methods import own, registry
 from ..methods.base import Method, PairObjective
 from ..methods.sft import SFT
 from . import chat, checkpoints, data, layouts, policy, world
@@ -394,6 +394,7 @@ class PairRun(_Fitted):
     sft: SFTRun
     data: DataSpec
     method: str
+    code: str  # of its loss, where it is one's own (`methods.own`)
     settings: tuple[tuple[str, float], ...]
     control: Control
 
@@ -406,11 +407,15 @@ class PairRun(_Fitted):
 
     def reaches(self) -> list[str]:
         """The module of the method, which nothing imports by name."""
-        return [registry.module_of(self.method)]
+        return [] if self.code else [registry.module_of(self.method)]
+
+    def found(self) -> Method:
+        """The method itself."""
+        return own.read(self.method, self.code) if self.code else registry.find(self.method)
 
     def scored(self) -> ReferenceRun:
         """The reference log-probs that it starts from."""
-        return ReferenceRun(sft=self.sft, data=self.data, mismatched=registry.find(self.method).kl)
+        return ReferenceRun(sft=self.sft, data=self.data, mismatched=self.found().kl)
 
     def parents(self) -> list[Spec]:
         return [self.sft, self.scored()]
@@ -420,8 +425,7 @@ class PairRun(_Fitted):
 
     def probe(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str) -> PairObjective:
         """The objective on the pairs it trains on ("train") or on pairs like them ("check")."""
-        method = registry.find(self.method)
-        return pairs_objective(store, tokenizer, self.scored(), probe, method, dict(self.settings))
+        return pairs_objective(store, tokenizer, self.scored(), probe, self.found(), dict(self.settings))
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write what every training run writes."""

@@ -61,7 +61,8 @@ class Method:
     curves: what its curves should look like. strength: what its reweighting acts on. reference: whether it reads a
     reference policy. kl: whether it reads `Pairs.kl`. objective: how it is trained and measured, where it has analytic
     weights or another kind of data: of pairs (chosen, rejected, ref_chosen, ref_rejected, **settings). rollouts: of
-    replies that were just sampled, (Rollouts, **settings) -> an objective on them.
+    replies that were just sampled, (Rollouts, **settings) -> an objective on them; a method of rollouts without it
+    needs a value model. code: the text of its loss, where that is not in a file of this package (`own`).
     """
 
     name: str
@@ -78,6 +79,7 @@ class Method:
     kl: bool = False
     objective: Callable | None = None
     rollouts: Callable | None = None
+    code: str = ""
 
     def __post_init__(self):
         if self.takes not in TAKES:

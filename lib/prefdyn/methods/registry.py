@@ -48,12 +48,15 @@ def module_of(name: str) -> str:
     return next(r.name for r in rooms if getattr(importlib.import_module(r.name), "METHOD", None) is method)
 
 
-def settings(name: str, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+def settings(name: str | Method, given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
     """All settings of a method by name, sorted, with the values that are given and its own for the others.
 
     Raises ValueError for a setting that it does not have.
     """
-    known = find(name).settings
+    method = find(name)
+    known = method.settings
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{name}: no such setting: {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
+        raise ValueError(
+            f"{method.name}: no such setting: {', '.join(unknown)}; there are: {', '.join(known) or 'none'}"
+        )
     return tuple(sorted({**known, **given}.items()))
