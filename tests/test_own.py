@@ -10,7 +10,6 @@ from prefdyn.book import plan
 from prefdyn.book.params import check
 from prefdyn.lab.runs import RunStore
 from prefdyn.methods import own, registry
-
 from test_methods import SMALL
 
 P = check(SMALL)

@@ -2,6 +2,7 @@
 
 __all__ = [
     "cli",
+    "comparison",
     "evidence",
     "page",
     "params",

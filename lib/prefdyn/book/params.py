@@ -19,11 +19,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..lens.controls import check_schedule
+from ..methods import registry
 from .profiles import ALTERNATIVES, COMMON, FILE, PRESETS, VARIANTS
 
 
 class ParameterError(ValueError):
     """A parameter that is not there or not allowed; the message says which, what was given and what is allowed."""
+
+
+def comparable() -> tuple[str, ...]:
+    """The methods that can be compared: all that start from a policy and change it."""
+    return registry.names("pairs") + registry.names("rollouts")
 
 
 Schedule = list[tuple[int, float]]
@@ -96,6 +102,10 @@ class Parameters(BaseModel):
     choice_probe: int = Field(description="pairs, demonstrations or replies for G with other choices of D'", ge=2)
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
+    methods: list[str] = Field(description="methods of pairs and of rollouts that are compared, or 'all'", min_length=1)
+    rates: list[float] = Field(description="learning rates tried for each of them", min_length=1)
+    sequences: int = Field(description="sequences on which G of each is measured: two a pair, one a reply", ge=4)
+    group: int = Field(description="replies to a prompt, of methods without a value model", ge=2)
     variants: list[Literal[VARIANTS]] = Field(description="controlled variants of DPO and PPO to train")
     switch_at: float = Field(description="share of training after which variants switch", gt=0, lt=1)
     floor: float = Field(description="least factor of a gradual variant, at one end of training", ge=0, le=1)
@@ -152,7 +162,42 @@ class Parameters(BaseModel):
             raise ValueError("no negative seed")
         return value
 
-    @field_validator("variants", "alternatives", mode="before")
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _every(cls, value: Any) -> Any:
+        """Accept "all" for every method there is."""
+        return list(comparable()) if value == "all" or value == ["all"] else value
+
+    @field_validator("methods")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        if unknown := [name for name in value if name not in comparable()]:
+            near = difflib.get_close_matches(unknown[0], comparable(), n=1, cutoff=0.5)
+            raise ValueError(f"no such method: {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        if len(set(value)) < len(value):
+            raise ValueError("each method once")
+        return value
+
+    @field_validator("rates", mode="before")
+    @classmethod
+    def _rates(cls, value: Any) -> Any:
+        """Accept "1e-4,1e-3", which a command line can give, and a single rate."""
+        try:
+            if isinstance(value, str):
+                value = [float(part) for part in value.split(",")]
+        except ValueError:
+            return value
+        value = [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return [float(x) if isinstance(x, int) and not isinstance(x, bool) else x for x in value]
+
+    @field_validator("rates")
+    @classmethod
+    def _positive(cls, value: list[float]) -> list[float]:
+        if any(rate <= 0 for rate in value) or len(set(value)) < len(value):
+            raise ValueError("rates above 0, each once")
+        return value
+
+    @field_validator("variants", "alternatives", "methods", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Accept "shift,switch", which a command line can give, for ["shift", "switch"]."""
@@ -201,6 +246,10 @@ def _allowed(name: str) -> str:
         return "one of " + ", ".join(schema["enum"])
     if name in SCHEDULES:
         return f"a list of rows [step, factor], steps in order, e.g. [[0, 1.0], [32, 0.5]]: {schema['description']}"
+    if name == "methods":
+        return f"'all', or a list of some of {', '.join(comparable())}: {schema['description']}"
+    if name == "rates":
+        return f"a list of different numbers > 0, e.g. 1e-4,1e-3: {schema['description']}"
     if "enum" in schema.get("items", {}):
         return f"a list of some of {', '.join(schema['items']['enum'])}: {schema['description']}"
     words = {

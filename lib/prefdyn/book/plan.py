@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from ..findings.explore import ExplorationRun
 from ..findings.measure import AlignmentRun
 from ..findings.targets import TargetSpec, TargetsRun
+from ..findings.tuning import ValidationRun
 from ..lab import checkpoints, recipes, sources, world
 from ..lab.online import OnlineRun
 from ..lab.ppo import PPORun, RewardRun
@@ -293,18 +294,18 @@ def _online_run(
     part: str,
     reward: str | None = None,
     leash: float | None = None,
-    group: int = 4,
+    group: int | None = None,
     lr: float | None = None,
     **settings,
 ) -> OnlineRun:
     """Without a value model: as many replies an iteration, the same reward and the same penalty as with one."""
-    same = _rollouts(p, seed, part, reward, leash, lr)
+    group = group or p.group
     if p.rollouts % group:
         raise ParameterError(
             f"rollouts: given {p.rollouts} (int); allowed here: a multiple of {group} replies a prompt"
         )
     return OnlineRun(
-        **same,
+        **_rollouts(p, seed, part, reward, leash, lr),
         method=method.name,
         settings=registry.settings(method, p.settings_of(method.name) | settings),
         group=group,
@@ -358,6 +359,15 @@ def target_choices(p: Parameters) -> dict[str, TargetSpec]:
 def targets_run(p: Parameters, run: SFTRun | PairRun | PPORun, choices: dict[str, TargetSpec]) -> TargetsRun:
     """G and cosine of a training run on the check probe, with several choices of D'."""
     return TargetsRun(run=run, choices=choices, probe="check", size=p.choice_probe)
+
+
+SAMPLES = 4  # replies to each validation prompt
+
+
+def validation_run(p: Parameters, seed: int, run: PairRun | PPORun | OnlineRun) -> ValidationRun:
+    """What a run earns on validation prompts: by the true reward where there is one, else by a model of the pairs."""
+    known = dataset(data_spec(p, seed)).reward is not None
+    return ValidationRun(run=run, reward=None if known else reward_run(p, seed), samples=SAMPLES)
 
 
 def exploration_run(p: Parameters, run: PairRun | PPORun) -> ExplorationRun:

@@ -7,8 +7,10 @@ __all__ = [
     "measure",
     "paired",
     "prediction",
+    "questions",
     "reference",
     "reweighting",
     "stats",
     "targets",
+    "tuning",
 ]  # rooms, imported one by one

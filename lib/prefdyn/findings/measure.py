@@ -85,9 +85,12 @@ class AlignmentRun(recipes.Spec):
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
         """Write alignment, sequences and tokens (parquet), with a row a step and, in turn, component, example, token.
 
-        Columns of alignment: step, component, g, se, g_opt, se_opt, n, logp_targets, moved. G is in nats a unit of
-        learning rate; g_opt is the optimiser-aware one (under SGD, g as far as clipping lets it through; NaN if it was
-        not asked for); moved is the inner product of d with the update from here to the next checkpoint, in nats.
+        Columns of alignment: step, component, g, se, g_opt, se_opt, n, weight, cosine, cosine_opt, logp_targets, moved.
+        G is in nats a unit of learning rate; g_opt is the optimiser-aware one (under SGD, g as far as clipping lets it
+        through; NaN if it was not asked for); weight is the sum of the sizes of the component's weights; cosine is that
+        of d and the descent direction of the whole, cosine_opt the same as the optimiser scales it (both NaN if g_opt
+        was not asked for, and for parts); moved is the inner product of d with the update from here to the next
+        checkpoint, in nats.
         Columns of sequences: step, example, its contribution to each component and opt, that to g_opt of the whole; for
         pairs also omega (their strength), margin, and the scores of its chosen and rejected response.
         Columns of tokens: step and those of `token_table`.
@@ -119,7 +122,7 @@ class AlignmentRun(recipes.Spec):
         settings = {"method": self.method, "temperature": objective.temperature}
         logps, scores = alignment.token_scores(model, batch, direction, **settings)
         weights = objective.weights(logps, batch, index)
-        scores_opt = self._checked(run, step, model, batch, weights, direction, (logps, scores), settings)
+        scores_opt, cosines = self._checked(run, step, model, batch, weights, direction, (logps, scores), settings)
         n = len(index)
 
         def by_example(scores: torch.Tensor) -> dict[str, np.ndarray]:
@@ -136,6 +139,8 @@ class AlignmentRun(recipes.Spec):
                 "g_opt": [g.sum() for g in examples_opt.values()],
                 "se_opt": [np.sqrt(n * g.var(ddof=1)) for g in examples_opt.values()],
                 "n": n,
+                "weight": [controls.apply(name, weights).abs().sum().item() for name in examples],
+                **{name: [c if part == "full" else np.nan for part in examples] for name, c in cosines.items()},
                 "logp_targets": sequence_logps(model, targets).mean().item(),
                 "moved": self._moved(run, step, model, direction),
             }
@@ -164,8 +169,8 @@ class AlignmentRun(recipes.Spec):
         direction: alignment.Direction,
         scored: alignment.Scored,
         settings: dict,
-    ) -> torch.Tensor:
-        """Check the scores against a backward pass, and return those along P d, NaN if they were not asked for.
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Check the scores against a backward pass; returns those along P d and cosines, NaN if not asked for.
 
         P is what the optimiser would scale the gradient of the whole probe by, if it came next. That gradient checks
         all scores at no cost; without it one of the first rows is made, and checks theirs.
@@ -174,11 +179,16 @@ class AlignmentRun(recipes.Spec):
         ascent = alignment.gradient(model, zip(own.slices(256), w.split(256), strict=True), settings["temperature"])
         alignment.check(f"step {step}", self.method, w, tuple(t[: len(own)] for t in scored), ascent, direction)
         if not self.aware:
-            return torch.full_like(scored[1], torch.nan)
-        direction = alignment.scaled(direction, self.run.step_scale(run, step, ascent))
+            return torch.full_like(scored[1], torch.nan), {"cosine": np.nan, "cosine_opt": np.nan}
+        scale = self.run.step_scale(run, step, ascent)
+        cosines = {
+            "cosine": alignment.cosine(ascent, direction),
+            "cosine_opt": alignment.cosine(alignment.scaled(ascent, scale), direction),
+        }
+        direction = alignment.scaled(direction, scale)
         scored = alignment.token_scores(model, batch, direction, **settings)
         alignment.check(f"step {step}, for the optimiser", self.method, w, scored, ascent, direction)
-        return scored[1]
+        return scored[1], cosines
 
     def _moved(self, run, step: int, model: PreTrainedModel, direction: alignment.Direction) -> float:
         """<d, update from this checkpoint to the next one>; NaN at the last."""

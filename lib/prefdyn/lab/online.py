@@ -98,12 +98,8 @@ class OnlineRun(recipes.Training):
             temperature=self.temperature,
             longest=self.data.max_response,
         )
-        spread = fresh.grouped().std(-1, unbiased=False)
-        metrics = described(sampled, points) | {
-            "return": fresh.returns.mean().item(),
-            "spread": spread.mean().item(),
-            "equals": (spread <= rollout.ROUNDING).float().mean().item(),
-        }
+        metrics = described(sampled, points) | {"return": fresh.returns.mean().item()}
+        metrics |= rollout.ties(fresh.grouped(), points.reshape(-1, self.group))
         return registry.find(self.method).rollouts(fresh, **dict(self.settings)), metrics
 
     def prober(self, store: "RunStore", tokenizer: PreTrainedTokenizerBase, probe: str, size: int) -> recipes.Prober:

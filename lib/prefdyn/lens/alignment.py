@@ -18,6 +18,7 @@ Forward mode, reverse mode and finite differences reach G by different ways thro
 checks the other (`check`), in every measurement.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -96,6 +97,12 @@ def norm(direction: Direction) -> torch.Tensor:
 def inner(a: Direction, b: Direction) -> torch.Tensor:
     """Inner product over all parameters."""
     return sum((a[name] * b[name]).sum() for name in a)
+
+
+def cosine(a: Direction, b: Direction) -> float:
+    """Cosine of the angle between two directions, NaN where one of them is 0."""
+    lengths = (norm(a) * norm(b)).item()
+    return inner(a, b).item() / lengths if lengths > 0 else math.nan
 
 
 def precision(direction: Direction) -> torch.dtype:

@@ -82,6 +82,32 @@ def gae(
     return advantages, (advantages + values).masked_fill(~response, 0.0)
 
 
+def ties(returns: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
+    """How groups of replies differ, from their returns and rewards [groups, k], points.
+
+    spread: the standard deviation of returns in a group, mean. equals: share of groups of equal returns. tied: share of
+    groups of equal rewards, whose returns may differ by the penalty alone. tied_distance: the share that they have in
+    all distances of returns from the mean of their group, the advantages of RLOO and Dr. GRPO; tied_relative: in all
+    distances in units of the group's spread, those of GRPO. Both are 0 where no returns differ.
+    """
+    distance = (returns - returns.mean(-1, keepdim=True)).abs()
+    spread = returns.std(-1, unbiased=False, keepdim=True)
+    equal = spread <= ROUNDING * returns.abs().amax(-1, keepdim=True).clamp(min=1.0)
+    relative = torch.where(equal, 0.0, distance / spread.clamp(min=1e-30))
+    tied = rewards.amax(-1) == rewards.amin(-1)
+
+    def share(x: torch.Tensor) -> float:
+        return (x[tied].sum() / x.sum().clamp(min=1e-30)).item()
+
+    return {
+        "spread": spread.mean().item(),
+        "equals": equal.float().mean().item(),
+        "tied": tied.float().mean().item(),
+        "tied_distance": share(distance),
+        "tied_relative": share(relative),
+    }
+
+
 def whiten(x: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
     """`x` with mean 0 and standard deviation 1 over response tokens, zero elsewhere; a constant becomes 0."""
     inside = x[response]
