@@ -245,9 +245,9 @@ def test_what_is_checked(store, tmp_path, monkeypatch, aware, rows):
         return check_scores(where, method, w, *rest)
 
     store.get(spec)
+    asked = plan.alignment_run(WORLD, spec, probe="train", aware=aware).model_copy(update={"method": "central"})
     monkeypatch.setattr(measure, "CHECKED", 8)
     monkeypatch.setattr(alignment, "check", noted)
-    asked = plan.alignment_run(WORLD, spec, probe="train", aware=aware).model_copy(update={"method": "central"})
     asked.compute(tmp_path, store, lambda work: None)  # not by its key, which knows no other number of rows
     names = ["", ", for the optimiser"]
     expected = [(f"step {s}{name}", "central", n) for s in spec.steps() for name, n in zip(names, rows, strict=False)]

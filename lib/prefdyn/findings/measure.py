@@ -65,7 +65,10 @@ def token_table(
 
 
 class AlignmentRun(recipes.Spec):
-    """G and its components on one probe, at every checkpoint of a training run, raw and for the optimiser's steps."""
+    """G and its components on one probe, at every checkpoint of a training run, raw and for the optimiser's steps.
+
+    Weights are those that the run's control leaves.
+    """
 
     kind: Literal["alignment"] = "alignment"
     run: recipes.SFTRun | recipes.PairRun | online.OnlineRun | ppo.PPORun
@@ -117,6 +120,7 @@ class AlignmentRun(recipes.Spec):
         """The tables at one checkpoint."""
         model, _ = recipes.load_checkpoint(run, step)
         objective, index = prober(step, model)
+        objective = self.run.trained_on(objective, step)
         batch = objective.batch(index)
         direction = alignment.target_direction(model, targets, self.targets.reduction)
         settings = {"method": self.method, "temperature": objective.temperature}

@@ -115,7 +115,7 @@ RULES = (
     ),
     Rule(
         "Q4", "Q4a", "groups of equal reward carry weight in GRPO (share of distances in spreads, by share of groups)",
-        "their returns differ by the penalty alone, and each group's spread is scaled to 1; half as much as others counts",
+        "their returns differ by the penalty alone, and every spread is scaled to 1; half as much as others counts",
         "ties", (), ("seed", "tied", "tied_relative"), _ratio("tied_relative", "tied"), "above", 0.5,
         "09-methods#fig-ties",
     ),

@@ -95,20 +95,29 @@ def differences(table: pd.DataFrame, by: str, first: str, second: str, columns: 
     return {name: mean_interval((one - other)[name].to_numpy()) for name in columns}
 
 
+def read_at(path: pd.DataFrame, x: str, y: str, at: float) -> float:
+    """`y` where a path has come as far as `at` in `x`, by linear interpolation; NaN where it never comes so far.
+
+    Args: path, rows of one run in the order of training. It is followed from its start to its largest `x`; where `x`
+    falls back in between, its largest value so far counts. A path that begins beyond `at` is read at its start.
+    """
+    up = path.reset_index(drop=True)
+    up = up.loc[: up[x].idxmax()]
+    far = np.maximum.accumulate(up[x])
+    return float(np.interp(at, far, up[y])) if at <= far.iloc[-1] else math.nan
+
+
 def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str) -> Estimate:
     """`first` minus `second` (values of the column `by`) in `y` where both have come equally far in `x`, over seeds.
 
-    Args: table, with the columns seed and step. Each path is followed from its start to its largest `x` and read, by
-    linear interpolation, at the largest `x` that both reach; where `x` falls back in between, its largest value so
-    far counts.
+    Args: table, with the columns seed and step. Each path is read, as by `read_at`, at the largest `x` that both reach.
     """
     require_columns(table, ["seed", "step", by, x, y])
     gaps = []
     for _, one in table.groupby("seed"):
-        paths = [one[one[by] == name].sort_values("step").reset_index(drop=True) for name in (first, second)]
+        paths = [one[one[by] == name].sort_values("step") for name in (first, second)]
         far = min(path[x].max() for path in paths)
-        ups = [path.loc[: path[x].idxmax()] for path in paths]
-        ends = [np.interp(far, np.maximum.accumulate(up[x]), up[y]) for up in ups]
+        ends = [read_at(path, x, y, far) for path in paths]
         gaps.append(ends[0] - ends[1])
     return mean_interval(gaps)
 

@@ -102,6 +102,7 @@ class TargetsRun(recipes.Spec):
         for step in self.run.steps():
             model, _ = recipes.load_checkpoint(run, step)
             objective, index = prober(step, model)
+            objective = self.run.trained_on(objective, step)
             for name, measures in self._at(run, step, model, objective, index, drawn, method).items():
                 rows.append({"step": step, "choice": name, "n": len(index), **measures})
             tick(self.work() / len(self.run.steps()))

@@ -23,7 +23,16 @@ from . import chat, checkpoints, data, layouts, policy, world
 from .account import Limits
 from .data import SIDES, mismatched
 from .evaluate import evaluate, win_rate
-from .train import Objective, Optimisation, adamw_scale, checkpoint_steps, fit, kept_by_clipping, second_moment
+from .train import (
+    Controlled,
+    Objective,
+    Optimisation,
+    adamw_scale,
+    checkpoint_steps,
+    fit,
+    kept_by_clipping,
+    second_moment,
+)
 
 if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
     from .runs import Run, RunStore
@@ -206,6 +215,11 @@ class Training(Spec):
 
     optimisation: Optimisation
     checkpoints: int
+
+    def trained_on(self, objective: Objective, step: int) -> Objective:
+        """An objective as the run steps on it after `step` updates."""
+        control = getattr(self, "control", FULL)
+        return objective if control == FULL else Controlled(objective, control, step)
 
     def steps(self) -> list[int]:
         """The steps at which the run keeps a checkpoint."""

@@ -1,5 +1,6 @@
 """One trainer for every objective: it steps on -(w.detach() * logp).sum(), whose gradient is the objective's."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,21 @@ class Objective(Protocol):
     def batch(self, index: torch.Tensor) -> Batch: ...
     def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights: ...
     def metrics(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> dict[str, float]: ...
+
+
+class Controlled:
+    """An objective as a run trains on it after `step` updates: its weights under the run's control."""
+
+    def __init__(self, objective: Objective, control: controls.Control, step: int):
+        self.objective, self.control, self.step = objective, control, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objective, name)
+
+    def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights:
+        """Those of the objective, of which the control has kept or scaled parts."""
+        whole = self.objective.weights(logps, batch, index)
+        return dataclasses.replace(whole, w=controls.apply_in_training(self.control, whole, self.step))
 
 
 @dataclass(frozen=True)
