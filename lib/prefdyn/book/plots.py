@@ -86,6 +86,15 @@ def compare(
         over_training(ax, table[table[by] == name], y, colour=colour, label=name, x=x, dash=dash)
 
 
+def looks(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """How to draw a line for each name: all colours with whole lines first, then with dashed and with dotted ones."""
+    colours, dashes = list(COLOURS.values()), ("-", "--", ":", "-.")
+    return {
+        name: {"color": colours[i % len(colours)], "ls": dashes[i // len(colours) % len(dashes)]}
+        for i, name in enumerate(names)
+    }
+
+
 def forest(ax: Axes, names: Sequence[str], found: Mapping[str, Sequence[Estimate]], small: float = 0.0) -> None:
     """Estimates with their intervals, a row a name, a colour a measure of `found`; grey: no larger than `small`."""
     gap = 0.66 / max(1, len(found))

@@ -8,7 +8,7 @@ chapters' results with seeds 0 to 2 were known; other seeds and other settings a
 before any controlled variant had been run.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -270,6 +270,15 @@ def apply_rule(rule: Rule, table: pd.DataFrame) -> Finding:
         return Finding(rule, None, "not run", "what it measures is not known here")
     evidence = int(pd.util.hash_pandas_object(table, index=False).sum())
     return Finding(rule, found, stats.judge(found, rule.predicted, rule.threshold), evidence=evidence)
+
+
+def judge_all(rules: Iterable[Rule], tables: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    """Judge rules on tables by name; a rule whose table is not there is "not run"."""
+    missing = "what it needs has not been trained, or is not known here"
+    return [
+        apply_rule(rule, tables[rule.table]) if rule.table in tables else Finding(rule, None, "not run", missing)
+        for rule in rules
+    ]
 
 
 def verdict(findings: Iterable[Finding]) -> str:
