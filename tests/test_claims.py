@@ -9,7 +9,7 @@ from prefdyn.book import evidence, plan, sensitivity
 from prefdyn.book.params import check
 from prefdyn.book.sensitivity import apply_rules
 from prefdyn.findings import claims
-from prefdyn.findings.claims import RULES, Finding, apply_rule, ledger, verdict
+from prefdyn.findings.claims import RULES, Finding, apply_rule, judge_all, ledger, verdict
 from prefdyn.lab.runs import RunStore
 from prefdyn.lens import controls
 
@@ -358,3 +358,19 @@ def test_the_last_pass_of_a_file_counts_the_pairs_that_there_are(tmp_path, monke
     }
     monkeypatch.setattr(evidence, "_found", lambda store, specs, frame: tables[frame])
     assert evidence.TABLES["long runs"](RunStore(tmp_path), p, "dpo")["overfit"].tolist() == [(9 + 10 + 11) / 3 - 2]
+
+
+def test_rules_are_judged_on_the_tables_that_there_are():
+    """In the order of the rules; a table that is not there is no verdict, one that no rule reads is nothing."""
+    rules = [rule(name) for name in ("C4a", "C1a", "C2b", "C1b")]
+    tables = {"G": alignment(g_opt=-1), "omega": by_seed(correlation=-0.7), "weather": curve("rain", 1)}
+    found = judge_all(rules, tables)
+    assert [f.rule for f in found] == rules
+    assert [f.verdict for f in found] == ["as predicted", "as predicted", "not run", "against the prediction"]
+    assert [found[i] for i in (0, 1, 3)] == [apply_rule(r, tables[r.table]) for r in rules if r.table in tables]
+    missing = "what it needs has not been trained, or is not known here"
+    assert found[2] == Finding(rule("C2b"), None, "not run", missing)
+    assert verdict(found) == "not run"
+    assert judge_all(iter(rules), {}) == [Finding(r, None, "not run", missing) for r in rules]
+    with pytest.raises(ValueError, match="rule C1b: its table 'G' has no column g_opt"):
+        judge_all(rules, {"G": alignment().drop(columns="g_opt")})

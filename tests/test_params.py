@@ -17,6 +17,7 @@ from prefdyn.book.params import PRESETS, ParameterError, check, read_cells
 from prefdyn.lab import policy
 from prefdyn.lab.runs import RunStore
 from prefdyn.lens import controls
+from prefdyn.methods import registry
 from toys.models import tiny_policy
 
 
@@ -621,6 +622,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
     }  # fmt: skip
     elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys()
     elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants", "alternatives"}
+    elsewhere |= {"methods", "rates", "sequences", "group"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
     changed |= dict.fromkeys(elsewhere)
 
@@ -675,3 +677,125 @@ def test_a_value_that_nothing_would_read_is_refused(given, said):
         check({"profile": "smoke"} | given)
     assert said in str(error.value)
     check({"profile": "smoke"} | {name: value for name, value in given.items() if name in ("dataset", "model")})
+
+
+@pytest.mark.parametrize(
+    ("given", "methods"),
+    [
+        ("dpo", ["dpo"]),
+        ("grpo, dpo,kto", ["grpo", "dpo", "kto"]),  # in the order in which they are given
+        (["orpo", "ppo"], ["orpo", "ppo"]),
+        (("rloo", np.str_("ipo")), ["rloo", "ipo"]),
+        ("all", [*registry.names("pairs"), *registry.names("rollouts")]),
+        (["all"], [*registry.names("pairs"), *registry.names("rollouts")]),
+    ],
+)
+def test_methods_as_a_command_line_gives_them(given, methods):
+    assert check({"methods": given}).methods == methods
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [
+        ("1e-4,1e-3", [1e-4, 1e-3]),
+        (" 0.01 , 3", [0.01, 3.0]),
+        ("2e-4", [2e-4]),
+        (1e-3, [1e-3]),
+        (1, [1.0]),
+        ([1e-3, 2], [1e-3, 2.0]),
+        ((1e-3,), [1e-3]),
+        (np.array([1e-3, 1e-4]), [1e-3, 1e-4]),
+    ],
+)
+def test_rates_as_a_command_line_gives_them(given, rates):
+    found = check({"rates": given}).rates
+    assert found == rates and all(type(rate) is float for rate in found)
+
+
+OF_MANY = {
+    "an unknown method": ({"methods": "dpo,simp"}, "methods: given 'dpo,simp' (str) (no such method: simp; did you"),
+    "the nearest one": ({"methods": ["grpoo"]}, "(no such method: grpoo; did you mean grpo?); allowed: 'all', or a"),
+    "a method like no other": ({"methods": "zzzzzz"}, "(no such method: zzzzzz); allowed: 'all', or a list of some of"),
+    "what there is before them": ({"methods": "sft"}, "(no such method: sft)"),
+    "all and one": ({"methods": "all,dpo"}, "(no such method: all)"),
+    "a method twice": ({"methods": ["dpo", "ipo", "dpo"]}, "methods: given ['dpo', 'ipo', 'dpo'] (list) (each method"),
+    "a method twice in a text": ({"methods": "dpo, dpo"}, "(each method once)"),
+    "no method": ({"methods": ""}, "methods: given '' (str); allowed: 'all', or a list of some of apo_zero, "),
+    "a number for a method": ({"methods": 3}, "methods: given 3 (int)"),
+    "no rate": ({"rates": []}, "rates: given [] (list); allowed: a list of different numbers > 0, e.g. 1e-4,1e-3: le"),
+    "a rate of 0": ({"rates": "1e-3,0"}, "rates: given '1e-3,0' (str) (rates above 0, each once); allowed: a list"),
+    "a rate below 0": ({"rates": -1e-3}, "rates: given -0.001 (float) (rates above 0, each once)"),
+    "a rate twice": ({"rates": [1e-3, 0.001]}, "(rates above 0, each once)"),
+    "a rate twice in other words": ({"rates": "1e-3,0.001"}, "(rates above 0, each once)"),
+    "a text for a rate": ({"rates": "fast"}, "rates: given 'fast' (str); allowed: a list of different numbers > 0"),
+    "rates and a text": ({"rates": "1e-3,fast"}, "rates: given '1e-3,fast' (str); allowed"),
+    "a text among rates": ({"rates": [1e-3, "fast"]}, "rates: given [0.001, 'fast'] (list); allowed"),
+    "a truth for rates": ({"rates": True}, "rates: given True (bool); allowed: a list of different numbers > 0"),
+    "a set of rates": ({"rates": {1e-3}}, "rates: given {0.001} (set); allowed"),
+    "a truth among rates": ({"rates": [True]}, "rates: given [True] (list); allowed"),
+    "an infinite rate": ({"rates": "inf"}, "rates: given 'inf' (str); allowed"),
+    "a rate that is no number": ({"rates": [float("nan")]}, "rates: given [nan] (list); allowed"),
+    "groups of one": ({"group": 1}, "group: given 1 (int); allowed: a whole number >= 2: replies to a prompt, of"),
+    "half a reply": ({"group": 2.5}, "group: given 2.5 (float)"),
+    "too few sequences": ({"sequences": 3}, "sequences: given 3 (int); allowed: a whole number >= 4: sequences on"),
+    "a text for sequences": ({"sequences": "many"}, "sequences: given 'many' (str)"),
+}
+
+
+@pytest.mark.parametrize("case", OF_MANY)
+def test_what_is_refused_of_many_methods_is_named_with_what_is_allowed(case):
+    given, said = OF_MANY[case]
+    assert said in refused(**given)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_parameters_give_the_settings_that_they_are_said_to(name):
+    """DPO's tie and PPO's clip; all others have their own, also those that call a setting by the same name."""
+    p = check({"profile": "smoke", "beta": 0.7, "clip": 0.4})
+    assert p.settings_of(name) == {"dpo": {"beta": 0.7}, "ppo": {"clip": 0.4}}.get(name, {})
+    if name != "ppo" and registry.find(name).takes != "demonstrations":
+        own = dict(registry.find(name).settings) | ({"beta": 0.7} if name == "dpo" else {})
+        assert dict(plan.run(p, 0, name).settings) == own
+
+
+def test_what_is_given_by_name_goes_before_parameters():
+    p = check(SMALL | {"beta": 0.7, "clip": 0.4})
+    assert plan.run(p, 0, "dpo", beta=0.2).settings == (("beta", 0.2),)
+    assert plan.run(p, 0, "ppo").clip == 0.4 and plan.run(p, 0, "ppo", clip=0.3).clip == 0.3
+    with pytest.raises(ValueError, match="dpo: no such setting: gamma; there are: beta"):
+        plan.run(p, 0, "dpo", gamma=0.2)
+
+
+def test_only_methods_of_pairs_and_rollouts_start_from_a_policy():
+    p = check(SMALL)
+    with pytest.raises(
+        ValueError, match="method='sft': takes demonstrations; allowed here: methods of pairs or of rollouts"
+    ):
+        plan.run(p, 0, "sft")
+    with pytest.raises(ValueError, match=r"method='gpro': no such method. Did you mean 'grpo'\?"):
+        plan.run(p, 0, "gpro")
+
+
+def test_groups_are_as_large_as_parameters_say_and_fill_the_rollouts():
+    p = check(SMALL | {"group": 2, "rollouts": 24})
+    assert (plan.run(p, 0, "grpo").group, plan.run(p, 0, "grpo", group=8).group) == (2, 8)
+    assert plan.run(p, 0, "grpo").rollouts == plan.run(p, 0, "grpo", group=8).rollouts == 24
+    odd = check(SMALL | {"group": 5, "rollouts": 24})
+    for asked in (lambda: plan.run(odd, 0, "grpo"), lambda: plan.run(p, 0, "rloo", group=5)):
+        with pytest.raises(ParameterError, match=r"rollouts: given 24 \(int\); .* a multiple of 5 replies a prompt"):
+            asked()
+    assert plan.run(odd, 0, "ppo").rollouts == 24  # it has no groups
+
+
+def test_parameters_of_many_methods_change_the_runs_that_read_them(tmp_path):
+    """The group those of methods without a value model; methods, rates and sequences none: they say which to make."""
+    store, p = RunStore(tmp_path), check(SMALL)
+
+    def keys(q) -> list[str]:
+        runs = [plan.run(q, 0, name) for name in ("dpo", "ppo", "grpo")]
+        return [store.key(spec) for run in runs for spec in (run, plan.alignment_run(q, run))]
+
+    others = {"methods": ["ipo"], "rates": [0.5], "sequences": 9}
+    assert keys(p.model_copy(update=others)) == keys(p)
+    changed = [a != b for a, b in zip(keys(p.model_copy(update={"group": 2})), keys(p), strict=True)]
+    assert changed == [False] * 4 + [True] * 2

@@ -13,7 +13,7 @@ from prefdyn.book.params import check
 from prefdyn.findings import measure
 from prefdyn.lab import evaluate, policy, recipes, train, world
 from prefdyn.lab.runs import RunStore
-from prefdyn.lens import controls, likelihood
+from prefdyn.lens import alignment, controls, likelihood
 from safetensors.torch import load_file
 from toys.models import tiny_policy
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -473,3 +473,97 @@ def test_a_checkpoint_by_path_is_used_as_it_is(tmp_path, kind):
     trained, _ = recipes.load_checkpoint(store.get(spec), spec.steps()[-1])
     assert type(trained) is type(model)
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_a_run_without_a_control_steps_on_the_objective_itself(store, dpo):
+    """And one under a control on what it leaves of it at that step, whatever the run learns from."""
+    spec = plan.run(WORLD, 0, "dpo")
+    objective = spec.probe(store, recipes.final_policy(dpo)[1], "train")
+    for free in (plan.sft_run(WORLD, 0), spec, plan.run(WORLD, 0, "ppo"), plan.run(WORLD, 0, "grpo")):
+        assert free.trained_on(objective, 4) is objective
+    for method in ("dpo", "ppo", "grpo"):
+        held = plan.run(WORLD, 0, method, part="negative").trained_on(objective, 4)
+        assert isinstance(held, train.Controlled) and held.objective is objective
+        assert (held.control, held.step) == (controls.Control(part="negative"), 4)
+
+
+def test_a_run_of_one_half_is_measured_with_that_half_alone(store, measured):
+    """No weight below 0 is left, so nothing of G comes from there, by component, by pair and by token."""
+    run = store.get(plan.alignment_run(WORLD, plan.run(WORLD, 0, "dpo", part="positive")))
+    table, tokens = run.frame("alignment"), run.frame("tokens")
+    for column in ("g", "g_opt", "weight"):
+        parts = table.pivot(index="step", columns="component", values=column)
+        assert (parts["negative"] == 0).all() and (parts["full"] != 0).all()
+        assert parts["full"].tolist() == parts["positive"].tolist()
+    sequences = run.frame("sequences")
+    assert (sequences["negative"] == 0).all() and sequences["full"].equals(sequences["positive"])
+    assert (tokens.query("side == 1")["w"] == 0).all() and (tokens.query("side == 0")["w"] > 0).all()
+    # the same policy before the first step: there the half is the plain run's
+    first, plain = (t.query("step == 0").set_index("component") for t in (table, measured.frame("alignment")))
+    assert first.loc["full", "weight"] == pytest.approx(plain.loc["positive", "weight"], rel=1e-6)
+    assert first.loc["full", "weight"] < 0.9 * plain.loc["full", "weight"]
+
+
+def test_a_schedule_is_measured_as_far_as_it_has_come(store):
+    """From nothing to a half of negative learning over 12 updates: 0, 1/6 and 1/2 at the checkpoints 0, 4 and 12."""
+    rising = controls.Control(factors={"negative": ((0, 0.0), (12, 0.5))})
+    spec = plan.run(WORLD, 0, "dpo").model_copy(update={"control": rising})
+    tokens = store.get(plan.alignment_run(WORLD, spec)).frame("tokens")
+    for step, factor in ((0, 0), (4, 1 / 6), (12, 1 / 2)):
+        own = tokens[tokens["step"] == step]
+        expected = np.where(own["side"] == 0, 1, -factor) * WORLD.beta * own["strength"] / 48
+        assert np.allclose(own["w"], expected, rtol=1e-5, atol=0)
+
+
+def test_sizes_of_weights_are_those_of_the_objective(store, dpo, measured):
+    """Sums of |w| over all tokens of the probe, of every component; of pairs by hand, beta * omega / n a token."""
+    spec, table = plan.run(WORLD, 0, "dpo"), measured.frame("alignment")
+    size = table.pivot(index="step", columns="component", values="weight")
+    objective, index = spec.probe(store, recipes.final_policy(dpo)[1], "train"), torch.arange(48)
+    batch = objective.batch(index)
+    lengths = batch.response.sum(-1).reshape(2, 48).numpy()
+    for step in spec.steps():
+        with torch.no_grad():
+            logps = likelihood.token_logps(recipes.load_checkpoint(dpo, step)[0], batch)
+        w = objective.weights(logps, batch, index).w
+        found = size.loc[step]
+        assert found["full"] == pytest.approx(w.abs().sum().item(), rel=1e-5)
+        assert found["positive"] == pytest.approx(w[w > 0].sum().item(), rel=1e-5)
+        assert found["negative"] == pytest.approx(-w[w < 0].sum().item(), rel=1e-5)
+        omega = measured.frame("sequences").query("step == @step")["omega"].to_numpy()
+        by_hand = (WORLD.beta * omega / 48 * lengths).sum(-1)
+        assert found[["positive", "negative"]].tolist() == pytest.approx(by_hand.tolist(), rel=1e-5)
+        assert found["uniform"] == pytest.approx(WORLD.beta * omega.mean() / 48 * lengths.sum(), rel=1e-5)
+    assert np.allclose(size["positive"] + size["negative"], size["full"], rtol=1e-6)
+    thirds = size[list(controls.THIRDS)]
+    assert thirds.loc[0].isna().all() and np.allclose(thirds.loc[[4, 12]].sum(axis=1), size.loc[[4, 12], "full"])
+
+
+@pytest.mark.parametrize("part", ["full", "positive"])
+def test_the_cosine_is_that_of_one_gradient_of_the_probe(store, part):
+    """From scores and from gradients in blocks: two ways to the same direction, raw and as the optimiser scales it."""
+    spec = plan.run(WORLD, 0, "dpo", part=part)
+    choices = {"as declared": plan.target_spec(WORLD)}
+    expected = store.get(plan.targets_run(WORLD, spec, choices)).frame("targets").set_index("step")
+    table = store.get(plan.alignment_run(WORLD, spec, "check")).frame("alignment")
+    full = table.query("component == 'full'").set_index("step")
+    assert (expected["n"] == 32).all() and (full["n"] == 32).all()
+    for column in ("cosine", "cosine_opt"):
+        assert full[column].to_dict() == pytest.approx(expected[column].to_dict(), abs=1e-5)
+        assert full[column].abs().max() > 0.01 and full[column].between(-1, 1).all()
+        assert table.query("component != 'full'")[column].isna().all()
+    plain = store.get(plan.alignment_run(WORLD, spec, "check", aware=False)).frame("alignment")
+    assert plain[["cosine", "cosine_opt"]].isna().all(axis=None)
+    assert plain["weight"].equals(table["weight"])
+
+
+def test_cosines_by_hand():
+    """(3, 4) and (4, 3): 24 / 25. Over two parameters (1, 2; 2) and (2, 0; -1): 2 - 2 = 0, though neither is 0."""
+    one, other = {"a": torch.tensor([3.0, 4.0])}, {"a": torch.tensor([4.0, 3.0])}
+    assert alignment.cosine(one, other) == pytest.approx(24 / 25)
+    assert alignment.cosine(one, {"a": -7 * other["a"]}) == pytest.approx(-24 / 25)
+    split = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[2.0]])}
+    across = {"b": torch.tensor([[-1.0]]), "a": torch.tensor([2.0, 0.0])}
+    assert alignment.cosine(split, across) == 0 and alignment.cosine(split, split) == pytest.approx(1)
+    for pair in ((one, {"a": torch.zeros(2)}), ({"a": torch.zeros(2)}, one)):
+        assert math.isnan(alignment.cosine(*pair))

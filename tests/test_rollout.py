@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from prefdyn.methods import rollout
+from prefdyn.lens.batch import Batch
+from prefdyn.methods import registry, rollout
 
 
 def mask(*rows: str) -> torch.Tensor:
@@ -192,3 +193,60 @@ def test_clipped_values_do_not_learn():
     values = VALUES.clone().requires_grad_()
     rollout.value_loss(values, torch.zeros(1, 4), RETURNS, mask("xxx."), 0.5).backward()
     assert values.grad[0].tolist() == pytest.approx([0, 1 / 3, -0.5 / 3, 0])  # (value - return) / 3
+
+
+@pytest.mark.parametrize(
+    ("returns", "rewards", "expected"),
+    [
+        # Distances 1 and 1, 0 and 0, 0.1 and 0.1; in spreads (1, 0 and 0.1) all but the equals are 1 away. The third
+        # group is tied in reward alone: 0.2 / 2.2 of distances, 2 / 4 of those in spreads.
+        ([[3, 1], [5, 5], [2.1, 1.9]], [[3, 1], [5, 5], [2, 2]], (1.1 / 3, 1 / 3, 2 / 3, 1 / 11, 1 / 2)),
+        # Distances 1, 1, 2 (spread sqrt 2) and, tied, 1, 0, 1 (spread sqrt 2/3): in spreads 2 sqrt 2 and sqrt 6.
+        (
+            [[0, 0, 3], [1, 2, 3]],
+            [[0, 0, 3], [7, 7, 7]],
+            ((2**0.5 + (2 / 3) ** 0.5) / 2, 0, 1 / 2, 2 / 6, 3**0.5 / (2 + 3**0.5)),
+        ),
+        ([[3, 1], [5, 4]], [[3, 1], [5, 4]], (0.75, 0, 0, 0, 0)),  # nothing is tied
+        ([[3.5, 3], [5, 4]], [[3, 3], [4, 4]], (0.375, 0, 1, 1, 1)),  # everything is
+        ([[2, 2], [5, 5]], [[2, 2], [5, 5]], (0, 1, 1, 0, 0)),  # no return differs: nothing to have a share in
+        ([[2, 2], [5, 5]], [[2, 1], [5, 6]], (0, 1, 0, 0, 0)),  # though rewards do, and the penalty makes up for it
+    ],
+)
+def test_ties_by_hand(double, returns, rewards, expected):
+    found = rollout.ties(torch.tensor(returns, dtype=torch.float64), torch.tensor(rewards, dtype=torch.float64))
+    assert list(found) == ["spread", "equals", "tied", "tied_distance", "tied_relative"]
+    assert tuple(found.values()) == pytest.approx(expected)
+
+
+def test_returns_that_differ_by_rounding_are_equal():
+    """In float32 5 and its next number; and 777 equal numbers, whose mean need not be that number."""
+    near = torch.tensor([[5.0, 5.0], [3.0, 1.0]])
+    near[0, 1] = torch.nextafter(near[0, 1], torch.tensor(9.0))
+    found = rollout.ties(near, torch.tensor([[5.0, 5.0], [3.0, 1.0]]))
+    assert near[0, 0] != near[0, 1] and (found["equals"], found["tied"], found["tied_relative"]) == (0.5, 0.5, 0)
+    assert found["tied_distance"] == 0
+    many = torch.full((2, 777), 0.1)
+    found = rollout.ties(many, many)
+    assert (found["equals"], found["tied"], found["tied_relative"], found["tied_distance"]) == (1, 1, 0, 0)
+
+
+ADVANTAGES = {"rloo": "tied_distance", "dr_grpo": "tied_distance", "grpo": "tied_relative"}
+
+
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if name in registry.names()])
+def test_ties_are_those_of_the_advantages_of_methods(double, name):
+    """One token a reply, so that its advantage is the token's; the first two of four groups are tied in reward."""
+    returns = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    rewards = torch.cat([torch.ones(2, 3), returns[2:]])
+    ids, response = torch.tensor([[1, 2]] * 12), mask(*[".x"] * 12)
+    old = -response.double()
+    whole = rollout.Rollouts(
+        Batch(ids, torch.ones_like(response), response), old, old, returns.flatten(), 3, 1.0, longest=1
+    )
+    method = registry.find(name)
+    sizes = method.rollouts(whole, **method.settings).advantages[:, 1].abs().reshape(4, 3)
+    share = (sizes[:2].sum() / sizes.sum()).item()
+    assert rollout.ties(returns, rewards)[ADVANTAGES[name]] == pytest.approx(
+        share, rel=1e-5
+    )  # GRPO's spread is 1e-6 more

@@ -214,3 +214,29 @@ def test_judge():
     assert stats.judge(stats.Estimate(0.7, float("nan"), float("nan"), 1), "above") == "undecided"
     with pytest.raises(ValueError, match="sideways"):
         stats.judge(above, "sideways")
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        (0.0, 1.0),
+        (1.0, 3.0),  # half-way from 1 to 5
+        (2.0, 5.0),  # where it first comes so far
+        (3.0, 14.5),  # half-way to 20 from 9, which counts as at 2
+        (4.0, 20.0),  # its end, and not the fall after it
+        (-7.0, 1.0),  # it begins beyond: read at its start
+        (4.01, math.nan),
+    ],
+)
+def test_a_path_is_read_where_it_has_come_so_far(at, expected):
+    """x: 0, 2, back to 1, 4, and back to 3. While it is back at 1 it counts as at 2, where y goes from 5 to 9."""
+    path = pd.DataFrame({"kl": [0.0, 2.0, 1.0, 4.0, 3.0], "y": [1.0, 5.0, 9.0, 20.0, 99.0]}, index=[7, 3, 3, 0, 1])
+    before = path.copy()
+    assert stats.read_at(path, "kl", "y", at) == pytest.approx(expected, nan_ok=True)
+    pd.testing.assert_frame_equal(path, before)
+
+
+@pytest.mark.parametrize(("at", "expected"), [(1.0, 5.0), (2.0, 5.0), (2.1, math.nan)])
+def test_a_path_that_only_falls_back_is_its_start(at, expected):
+    path = pd.DataFrame({"kl": [2.0, 1.0, 0.0], "y": [5.0, 6.0, 7.0]})
+    assert stats.read_at(path, "kl", "y", at) == pytest.approx(expected, nan_ok=True)

@@ -1,5 +1,6 @@
 """The trainer: the same step as autograd's, the same run when it was interrupted, schedules as worked by hand."""
 
+import copy
 import functools
 import math
 import zlib
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from prefdyn.lab import train
-from prefdyn.lab.train import Optimisation
+from prefdyn.lab.train import Controlled, Optimisation
+from prefdyn.lens import controls
 from prefdyn.lens.controls import Control
 from prefdyn.lens.likelihood import sequence_logps, token_logps
+from prefdyn.lens.weights import TokenWeights
 from prefdyn.methods.dpo import DPO
 from prefdyn.methods.ppo import PPO
 from prefdyn.methods.sft import SFT
@@ -369,3 +372,65 @@ def test_nothing_is_written_without_a_state_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(build("gpt_neox"), dpo(), CONFIG, at=[0, 12])
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def weighed(objective) -> TokenWeights:
+    """Weights of pairs 2, 0 and 7, away from the reference."""
+    index = torch.tensor([2, 0, 7])
+    batch = objective.batch(index)
+    logps = -torch.rand(batch.ids.shape, generator=torch.Generator().manual_seed(0)) * batch.response
+    return objective.weights(logps, batch, index)
+
+
+LATE = {"negative": ((2, 0.5), (6, 1.0))}  # half of the way at update 4
+JUMP = {"negative": ((0, 0.0), (3, 0.0), (3, 2.0)), "positive": ((0, 3.0),)}
+
+
+@pytest.mark.parametrize(
+    ("control", "step", "positive", "negative"),
+    [
+        (Control(part="positive"), 0, 1, 0),
+        (Control(part="negative"), 9, 0, 1),
+        (Control(factors=LATE), 0, 1, 0.5),
+        (Control(factors=LATE), 4, 1, 0.75),
+        (Control(factors=LATE), 6, 1, 1),
+        (Control(factors=JUMP), 2, 3, 0),
+        (Control(factors=JUMP), 3, 3, 2),
+        (Control(part="positive", factors={"positive": ((0, 0.0), (4, 1.0))}), 1, 0.25, 0),
+    ],
+)
+def test_an_objective_under_control_has_the_weights_that_training_steps_on(double, control, step, positive, negative):
+    """Its positive weights times one factor and its negative ones times another; strengths and units stay."""
+    plain, held = weighed(dpo()), weighed(Controlled(dpo(), control, step))
+    assert (plain.w > 0).any() and (plain.w < 0).any()
+    assert torch.equal(held.w, torch.where(plain.w > 0, positive * plain.w, negative * plain.w))
+    assert torch.equal(held.w, controls.apply_in_training(control, plain, step))
+    assert torch.equal(held.strength, plain.strength) and torch.equal(held.unit, plain.unit)
+
+
+def test_thirds_that_are_not_defined_are_left_as_in_training(double):
+    """At the reference every omega is 1/2: the top third is everything, not a NaN."""
+    objective, index = dpo(), torch.arange(10)
+    batch = objective.batch(index)
+    logps = batch.response * (torch.cat(objective.reference) / batch.response.sum(-1))[:, None]
+    plain, held = (o.weights(logps, batch, index).w for o in (objective, Controlled(objective, Control(part="top"), 0)))
+    assert torch.equal(plain, held) and plain.abs().sum() > 0
+
+
+def test_all_else_of_an_objective_under_control_is_the_objective(double):
+    objective, index = ppo(), torch.tensor([1, 4])
+    held = Controlled(objective, Control(part="positive"), 0)
+    batch = held.batch(index)
+    assert (held.size, held.temperature) == (10, 0.7) and torch.equal(batch.ids, objective.batch(index).ids)
+    logps = 0.9 * objective.old_logps[index]
+    assert held.metrics(logps, batch, index) == objective.metrics(logps, batch, index)
+    with pytest.raises(AttributeError, match="weather"):
+        held.weather()
+    assert copy.copy(held).size == 10
+
+
+def test_without_reweighting_there_is_nothing_left_to_reweight(double):
+    """Taken out once more it changes nothing."""
+    held = weighed(Controlled(dpo(), Control(part="uniform"), 3))
+    assert torch.allclose(controls.apply("uniform", held), held.w, rtol=1e-12) and held.strength.unique().numel() == 1
+    assert not torch.allclose(held.w, weighed(dpo()).w, rtol=1e-3)

@@ -36,6 +36,13 @@ def tried(**earned: dict[float, float]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "lr", "reward"]).sample(frac=1, random_state=0, ignore_index=True)
 
 
+def test_methods_keep_their_order_and_rows_need_no_numbers_of_their_own():
+    names = [f"m{i}" for i in range(25)]
+    parts = [pd.DataFrame({"method": names, "lr": lr, "reward": lr}) for lr in (0.3, 0.1, 0.2)]
+    found = tuning.chosen(pd.concat(parts))
+    assert found["method"].tolist() == names and set(found["lr"]) == {0.3}
+
+
 @pytest.mark.parametrize(
     ("earned", "lr", "at_edge"),
     [

@@ -66,8 +66,12 @@ def runs(p: Parameters, entries: Iterable[Entry], rates: Mapping[str, float]) ->
 
 
 def measured(p: Parameters, trained: Mapping[tuple[str, int], Training]) -> dict[tuple[str, int], AlignmentRun]:
-    """G of training runs on as many sequences each, two a pair and one a reply, that they were not trained on."""
-    equal = p.model_copy(update={"probe": max(2, p.sequences // 2), "ppo_probe": p.sequences})
+    """G of training runs on as many sequences each, two a pair and one a reply, that they were not trained on.
+
+    A method that keeps some of its fresh replies (the best of each group, a pair of it) is measured on those, and fresh
+    replies come in whole groups.
+    """
+    equal = p.model_copy(update={"probe": p.sequences // 2, "ppo_probe": p.sequences})
     return {key: plan.alignment_run(equal, run, "check") for key, run in trained.items()}
 
 

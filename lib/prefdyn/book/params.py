@@ -188,6 +188,8 @@ class Parameters(BaseModel):
         except ValueError:
             return value
         value = [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+        if not isinstance(value, list):
+            return value
         return [float(x) if isinstance(x, int) and not isinstance(x, bool) else x for x in value]
 
     @field_validator("rates")

@@ -299,8 +299,8 @@ def _online_run(
     **settings,
 ) -> OnlineRun:
     """Without a value model: as many replies an iteration, the same reward and the same penalty as with one."""
-    group = group or p.group
-    if p.rollouts % group:
+    group = p.group if group is None else group
+    if group < 1 or p.rollouts % group:
         raise ParameterError(
             f"rollouts: given {p.rollouts} (int); allowed here: a multiple of {group} replies a prompt"
         )

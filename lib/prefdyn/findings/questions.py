@@ -30,7 +30,7 @@ def _effect(column: str, factor: str) -> Callable[[pd.DataFrame], Estimate]:
 
     def measure(table: pd.DataFrame) -> Estimate:
         cells = table.groupby(["seed", other, factor])[column].mean().unstack(factor)
-        if cells.shape[1] < 2 or cells.isna().any(axis=None) or cells.index.get_level_values(other).nunique() < 2:
+        if cells.shape != (2 * table["seed"].nunique(), 2) or cells.isna().any(axis=None):  # a cell is missing
             return Estimate(math.nan, math.nan, math.nan, 0)
         return stats.mean_interval((cells[True] - cells[False]).groupby("seed").mean())
 

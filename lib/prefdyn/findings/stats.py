@@ -98,13 +98,15 @@ def differences(table: pd.DataFrame, by: str, first: str, second: str, columns: 
 def read_at(path: pd.DataFrame, x: str, y: str, at: float) -> float:
     """`y` where a path has come as far as `at` in `x`, by linear interpolation; NaN where it never comes so far.
 
-    Args: path, rows of one run in the order of training. It is followed from its start to its largest `x`; where `x`
-    falls back in between, its largest value so far counts. A path that begins beyond `at` is read at its start.
+    Args: path, rows of one run in the order of training. Where `x` falls back in between, its largest value so far
+    counts, and what is read is where it first came to `at`. A path that begins beyond `at` is read at its start.
     """
-    up = path.reset_index(drop=True)
-    up = up.loc[: up[x].idxmax()]
-    far = np.maximum.accumulate(up[x])
-    return float(np.interp(at, far, up[y])) if at <= far.iloc[-1] else math.nan
+    far, values = np.maximum.accumulate(path[x].to_numpy(float)), path[y].to_numpy(float)
+    reached = np.flatnonzero(far >= at)[:1]
+    if not reached.size:
+        return math.nan
+    around = [max(reached[0] - 1, 0), reached[0]]
+    return float(np.interp(at, far[around], values[around]))
 
 
 def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str) -> Estimate:

@@ -37,6 +37,10 @@ class ValidationRun(recipes.Spec):
         spec = self.run.data
         model, tokenizer = recipes.final_policy(store.get(self.run))
         prompts = recipes.dataset(spec).prompts["validation"]
+        if not prompts:
+            raise ValueError(
+                f"validation={spec.validation}: none of these prompts can be used, so nothing can be chosen"
+            )
         asked = [prompt for prompt in prompts for _ in range(self.samples)]
         limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
         ids, answers = reply(model, tokenizer, asked, temperature=1.0, seed=0, **limits)
@@ -64,7 +68,7 @@ def chosen(grid: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     if grid["reward"].isna().any():
         raise ValueError(f"chosen: no reward is known of {grid.loc[grid['reward'].isna(), by].iloc[0]}")
     rows = []
-    for name, one in grid.sort_values("lr").groupby(by, sort=False):
+    for name, one in grid.reset_index(drop=True).sort_values("lr", kind="stable").groupby(by, sort=False):
         best = one.loc[one["reward"].idxmax()]
         edge = len(one) > 1 and best["lr"] in (one["lr"].min(), one["lr"].max())
         rows.append({by: name, "lr": float(best["lr"]), "reward": float(best["reward"]), "at_edge": bool(edge)})

@@ -41,12 +41,19 @@ class Controlled:
         self.objective, self.control, self.step = objective, control, step
 
     def __getattr__(self, name: str) -> Any:
+        if "objective" not in self.__dict__:  # while it is copied, say
+            raise AttributeError(name)
         return getattr(self.objective, name)
 
     def weights(self, logps: torch.Tensor, batch: Batch, index: torch.Tensor) -> TokenWeights:
-        """Those of the objective, of which the control has kept or scaled parts."""
+        """Those of the objective, of which the control has kept or scaled parts, and what is left to reweight."""
         whole = self.objective.weights(logps, batch, index)
-        return dataclasses.replace(whole, w=controls.apply_in_training(self.control, whole, self.step))
+        even = torch.full_like(whole.strength, whole.strength.mean().item())
+        return dataclasses.replace(
+            whole,
+            w=controls.apply_in_training(self.control, whole, self.step),
+            strength=even if self.control.part == "uniform" else whole.strength,
+        )
 
 
 @dataclass(frozen=True)

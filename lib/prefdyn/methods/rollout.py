@@ -90,10 +90,10 @@ def ties(returns: torch.Tensor, rewards: torch.Tensor) -> dict[str, float]:
     all distances of returns from the mean of their group, the advantages of RLOO and Dr. GRPO; tied_relative: in all
     distances in units of the group's spread, those of GRPO. Both are 0 where no returns differ.
     """
-    distance = (returns - returns.mean(-1, keepdim=True)).abs()
     spread = returns.std(-1, unbiased=False, keepdim=True)
     equal = spread <= ROUNDING * returns.abs().amax(-1, keepdim=True).clamp(min=1.0)
-    relative = torch.where(equal, 0.0, distance / spread.clamp(min=1e-30))
+    distance = (returns - returns.mean(-1, keepdim=True)).abs().masked_fill(equal, 0.0)
+    relative = distance / spread.clamp(min=1e-30)
     tied = rewards.amax(-1) == rewards.amin(-1)
 
     def share(x: torch.Tensor) -> float:
