@@ -17,8 +17,8 @@ NOT_LOCKED := ^(torch|triton|nvidia-|cuda-|pytorch-triton)
 
 help:
 	@echo "make book [PROFILE=smoke|reader|paper]  execute the chapters (what changed) and build the book"
-	@echo "make verify                             execute the chapters and compare their numbers with data/reference"
-	@echo "make reference                          write the numbers of the executed chapters to data/reference"
+	@echo "make verify                             execute the chapters and compare numbers and verdicts with data/reference"
+	@echo "make reference                          write those of the executed chapters to data/reference"
 	@echo "make test                               run the tests (the browser's need a built book and chromium)"
 	@echo "make lint                               check the style of library, tests and notebooks"
 	@echo "make lock                               resolve pyproject.toml into requirements.lock"

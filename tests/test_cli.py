@@ -393,9 +393,9 @@ def test_an_empty_store_is_no_error(project, call):
     assert call("runs", "show", "x")[0] == 2
 
 
-def leave_values(project, profile: str = "reader", **numbers: list[float]) -> None:
-    """What an executed chapter leaves: its profile and numbers over seeds."""
-    values = {"profile": {"value": profile, "text": profile}}
+def leave_values(project, profile: str = "reader", verdict: str = "partly", **numbers: list[float]) -> None:
+    """What an executed chapter leaves: its profile, a verdict and numbers over seeds."""
+    values = {"profile": {"value": profile, "text": profile}, "C1": {"value": verdict, "text": verdict}}
     values |= {k: {"value": sum(s) / len(s), "text": "", "seeds": s} for k, s in numbers.items()}
     folder = project / "book" / "_values"
     folder.mkdir(parents=True, exist_ok=True)
@@ -406,7 +406,11 @@ def test_reference_results_are_written_and_verified(project, call):
     leave_values(project, gain=[1.0, 2.0, 3.0], kl=[0.1, 0.1, 0.1])
     status, out, _ = call("reference")
     path = project / "data" / "reference" / "reader.json"
-    assert status == 0 and "2 numbers written" in out and json.loads(path.read_text())["profile"] == "reader"
+    assert (
+        status == 0
+        and "2 numbers and 1 verdicts written" in out
+        and json.loads(path.read_text())["profile"] == "reader"
+    )
     status, out, _ = call("verify")
     assert status == 0 and "of 2 numbers: 2 identical" in out and "versions differ" not in out
     leave_values(project, gain=[1.5, 2.5, 3.5], kl=[0.1, 0.1, 0.1])
@@ -419,6 +423,16 @@ def test_reference_results_are_written_and_verified(project, call):
     leave_values(project, gain=[1.0, 2.0, 3.0])
     status, out, _ = call("verify")
     assert status == 1 and "missing   01-tiny:kl" in out
+
+
+def test_a_verdict_that_turned_is_named(project, call):
+    """Also where every number agrees; a verdict that is new is no fault."""
+    leave_values(project, gain=[1.0, 2.0, 3.0])
+    call("reference")
+    leave_values(project, verdict="not supported", gain=[1.0, 2.0, 3.0])
+    status, out, _ = call("verify")
+    assert status == 1 and "1 identical" in out and "of 1 verdicts: 1 turned" in out
+    assert "turned    01-tiny:C1: reference 'partly', now 'not supported'" in out
 
 
 def test_an_edited_reference_fails_by_name(project, call):

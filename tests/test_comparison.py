@@ -81,14 +81,32 @@ RATES = {"dpo": 0.1, "weak tie": 0.2, "raising alone": 0.3, "ppo": 0.4, "steep":
 
 
 def test_each_entry_runs_at_its_rate_with_every_seed():
-    """What switches one thing off is left out where the whole is absent, else it takes the rate of the whole."""
-    without = comparison.runs(P, [ENTRIES[n] for n in ENTRIES if n != "grpo"], RATES)
-    assert list(without) == [(name, seed) for name in RATES for seed in (3, 1)]
+    """What switches one thing off takes the rate of the whole; without a rate nothing runs, and names are one's own."""
+    with pytest.raises(ValueError, match=r"entry 'no clip': no learning rate of 'grpo' among \['dpo', "):
+        comparison.runs(P, [ENTRIES[n] for n in ENTRIES if n != "grpo"], RATES)
+    for made in (lambda e: comparison.runs(P, e, RATES), lambda e: comparison.grid(P, e)):
+        with pytest.raises(ValueError, match="two entries are named 'dpo'; give each its own name"):
+            made([ENTRIES["dpo"], ENTRIES["dpo"]])
     whole = comparison.runs(P, ENTRIES.values(), RATES | {"grpo": 0.6})
     assert list(whole) == [(name, seed) for name in ENTRIES for seed in (3, 1)]
     for (name, seed), run in whole.items():
         assert run == PLANNED[name](seed, (RATES | {"grpo": 0.6, "no clip": 0.6})[name])
-    assert without.items() <= whole.items()
+    as_series = comparison.runs(P, ENTRIES.values(), pd.Series(RATES | {"grpo": 0.6}))
+    assert as_series == whole
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("mine", lambda pairs: pairs.margin()), "written with def"),
+        (("mine", "simp"), "Did you mean 'simpo'"),
+        (("mine", "dpo", {"gamma": 1.0}), "dpo: no such setting: gamma"),
+        (("mine", "dpo", {"beta": "0.1"}), r"dpo: beta: given '0.1' \(str\); allowed: a number"),
+    ],
+)
+def test_an_entry_that_cannot_run_is_refused_when_it_is_made(given, said):
+    with pytest.raises(ValueError, match=said):
+        Entry(*given)
 
 
 @pytest.mark.parametrize(("sequences", "pairs"), [(20, 10), (4, 2)])

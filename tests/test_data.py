@@ -1,13 +1,17 @@
 """Preference data: how it is split, what becomes of its texts under limits, and how it is padded."""
 
 import dataclasses
+import json
 import random
 
 import pytest
 import torch
-from prefdyn.lab import account, chat, data, layouts, policy, world
+from prefdyn.book import plan
+from prefdyn.book.params import check
+from prefdyn.lab import account, chat, data, layouts, policy, recipes
 from prefdyn.lab.account import Cut, Limits
 from prefdyn.lab.data import DataError
+from prefdyn.lab.worlds import EASY, HARD, WORLDS
 from prefdyn.lens.batch import Batch, concatenate, pad
 
 WIDE = Limits(99, 99)
@@ -61,6 +65,7 @@ def test_a_file_is_split_by_prompt():
     # 40 - 8 prompts are left; the check has 10 of 40 pairs, a quarter: 8 prompts of two pairs, 10 of which are used
     assert len(dataset.prompts["train"]) == 24
     assert (len(dataset.pairs), len(dataset.check)) == (30, 10)
+    assert dataset.world is None
     assert dataset.demonstrations[0] == {"prompt": dataset.pairs[0]["prompt"], "response": dataset.pairs[0]["chosen"]}
     assert dataset.reward is None
     # 24 and 8 prompts of two pairs each: 18 + 6 pairs more than were asked for, and 16 of the prompts kept
@@ -182,8 +187,10 @@ WORLD = {
 }
 
 
-def test_the_world_as_a_dataset():
-    dataset = data.from_world(seed=3, **WORLD)
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_the_world_as_a_dataset(world):
+    dataset = data.from_world(world, seed=3, **WORLD)
+    assert dataset.world is world
     sizes = [len(rows) for rows in (dataset.pairs, dataset.check, dataset.demonstrations, dataset.check_demonstrations)]
     assert sizes == [200, 100, 150, 100]
     train = set(dataset.prompts["train"])
@@ -195,10 +202,11 @@ def test_the_world_as_a_dataset():
     assert not unordered[0] & unordered[1]
     row = dataset.pairs[0]
     assert dataset.reward(row["prompt"], row["chosen"]) == row["reward_chosen"]
+    assert row["reward_chosen"] == world.reward(world.parse_prompt(row["prompt"]), row["chosen"])
 
 
 def test_the_world_under_wide_limits_is_the_world():
-    known, words = data.from_world(seed=3, **WORLD), policy.word_tokenizer(world.vocabulary())
+    known, words = data.from_world(EASY, seed=3, **WORLD), policy.word_tokenizer(EASY.vocabulary())
     limited = data.under_limits(known, words, Limits(24, 28))
     assert dataclasses.replace(limited, account=None) == known
     assert not limited.account.changed() and limited.account.pairs == 300
@@ -208,7 +216,7 @@ def test_the_world_under_wide_limits_is_the_world():
 
 
 def test_the_world_under_narrow_limits_loses_what_cannot_be_told_apart_and_says_so():
-    known, words = data.from_world(seed=3, **WORLD), policy.word_tokenizer(world.vocabulary())
+    known, words = data.from_world(EASY, seed=3, **WORLD), policy.word_tokenizer(EASY.vocabulary())
     limited = data.under_limits(known, words, Limits(24, 4))
     same = [row for row in known.pairs if row["chosen"].split()[:4] == row["rejected"].split()[:4]]
     assert len(known.pairs) - len(limited.pairs) == len(same) > 0
@@ -218,14 +226,31 @@ def test_the_world_under_narrow_limits_loses_what_cannot_be_told_apart_and_says_
 
 
 def test_a_digest_names_pairs_and_labels():
-    one, same, other = (
-        data.from_world(seed=s, **WORLD | {"label_noise": n}) for s, n in ((0, 0.2), (0, 0.2), (0, 0.0))
+    """Two worlds have the same prompts about the same animals, but not the same said of them."""
+    one, same, other, hard = (
+        data.from_world(world, seed=0, **WORLD | {"label_noise": noise})
+        for world, noise in ((EASY, 0.2), (EASY, 0.2), (EASY, 0.0), (HARD, 0.2))
     )
     assert one.digest() == same.digest() != other.digest()
+    assert hard.digest() not in (one.digest(), other.digest())
+
+
+def test_the_dataset_of_a_spec_is_of_its_world_and_that_of_a_file_of_none(tmp_path):
+    """Which world is a matter of difficulty alone: else the two specs are the same."""
+    p = {"profile": "smoke", "pairs": 16, "check": 8, "validation": 4, "held_out": 4}
+    specs = {name: plan.data_spec(check(p | {"difficulty": name, "max_response": 36}), 0) for name in WORLDS}
+    assert specs["hard"] == specs["easy"].model_copy(update={"difficulty": "hard"})
+    for name, spec in specs.items():
+        assert recipes.dataset(spec).world is WORLDS[name] and WORLDS[name].difficulty == name
+        assert set(WORLDS[name].vocabulary()) <= recipes.tokenizer_of(spec).get_vocab().keys()
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, numbered(20))))
+    spec = plan.data_spec(check(p | {"dataset": str(path)}), 0)
+    assert spec.difficulty == "" and recipes.dataset(spec).world is None
 
 
 def test_seeds_of_the_world_share_prompts_and_differ_in_pairs():
-    one, other = (data.from_world(seed=seed, **WORLD) for seed in (0, 1))
+    one, other = (data.from_world(EASY, seed=seed, **WORLD) for seed in (0, 1))
     assert one.prompts == other.prompts
     assert one.pairs != other.pairs and one.demonstrations != other.demonstrations
 
@@ -301,8 +326,11 @@ def test_encoding_cuts_prompts_at_their_beginning_and_responses_at_their_end():
     assert cut.ids.tolist() == [[unk, reply, b, c], [c, reply, b, c]]
 
 
-def test_no_text_of_the_world_is_cut_at_the_default_lengths():
+@pytest.mark.parametrize(("world", "longest"), [(EASY, 28), (HARD, 36)], ids=WORLDS)
+def test_no_text_of_a_world_is_cut_at_the_default_lengths(world, longest):
+    """Nor is the best reply, of which a policy has to be able to make an end."""
     tokenizer = policy.word_tokenizer(world.vocabulary())
-    rows = data.from_world(seed=0, **WORLD).pairs
+    rows = data.from_world(world, seed=0, **WORLD).pairs
+    best = [world.best(prompt) for prompt in world.all_prompts()[::7]]
     assert max(map(len, chat.prompt_ids(tokenizer, [row["prompt"] for row in rows]))) <= 24
-    assert max(map(len, chat.response_ids(tokenizer, [row["chosen"] for row in rows]))) <= 28
+    assert max(map(len, chat.response_ids(tokenizer, [row["chosen"] for row in rows] + best))) <= longest

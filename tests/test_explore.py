@@ -9,8 +9,9 @@ import pytest
 from prefdyn.book import plan
 from prefdyn.book.params import check
 from prefdyn.findings import explore
-from prefdyn.lab import evaluate, policy, recipes, world
+from prefdyn.lab import evaluate, policy, recipes
 from prefdyn.lab.runs import RunStore
+from prefdyn.lab.worlds import EASY, HARD
 
 SMALL = {
     "profile": "smoke",
@@ -45,25 +46,44 @@ REPLIES = [
 ]
 
 
-@pytest.mark.parametrize(("animal", "types"), [("fox", 18), ("bee", 12)])
-def test_variety_by_hand(animal, types):
-    """Four of five texts differ; two types are given by four replies; 2 + 2 + 1 + 0 - 5 points make 0, the best 2."""
+@pytest.mark.parametrize(("animal", "types", "ideal"), [("fox", 18, 3 / 5), ("bee", 12, 0)])
+def test_variety_by_hand(animal, types, ideal):
+    """Four of five texts differ; two types are given by four replies; 2 + 2 + 1 + 0 - 5 points make 0, the best 2.
+
+    Most is earned by a warm short note that says what is right of the asked topic, as three do of the home.
+    """
     prompt = f"write a warm short note to ann about the {'home' if animal == 'fox' else 'colour'} of the {animal}"
-    measures = explore.variety(prompt, REPLIES, [2.0, 2.0, 1.0, 0.0, -5.0], in_world=True)
-    assert measures == pytest.approx({"distinct": 0.8, "reward": 0, "best": 2, "coverage": 2 / types, "typed": 0.8})
+    measures = explore.variety(prompt, REPLIES, [2.0, 2.0, 1.0, 0.0, -5.0], EASY)
+    expected = {"distinct": 0.8, "reward": 0, "best": 2, "coverage": 2 / types, "typed": 0.8, "ideal": ideal}
+    assert measures == pytest.approx(expected)
+
+
+def test_variety_in_the_hard_world_by_hand():
+    """Three of 36 types, the ideal one twice: right, bold, of four facts and cited, whatever animal and tone."""
+    more = "it eats berries . it is red . it makes a bark"
+    replies = [
+        f"dear ann , the fox lives in the den . {more} . so says the atlas . with love .",
+        f"hey ann , the owl lives in the den . {more} . so says the atlas . see you soon .",
+        "dear ann , the fox perhaps lives in the den . so says the atlas . with love .",
+        "dear ann , the fox lives in the barn . with love .",
+    ]
+    prompt = "write a warm short note to ann about the home of the fox"
+    measures = explore.variety(prompt, replies, [4.0, 3.0, 2.0, -1.0], HARD)
+    expected = {"distinct": 1, "reward": 2, "best": 4, "coverage": 3 / 36, "typed": 1, "ideal": 2 / 4}
+    assert measures == pytest.approx(expected)
 
 
 def test_variety_of_other_texts_by_hand():
     """Elsewhere there are no types, and the reward may not be known."""
-    measures = explore.variety("What?", ["a", "a", "b", "a"], [math.nan] * 4, in_world=False)
+    measures = explore.variety("What?", ["a", "a", "b", "a"], [math.nan] * 4, None)
     assert measures == pytest.approx({"distinct": 0.5, "reward": math.nan, "best": math.nan}, nan_ok=True)
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "ppo"])
 def test_a_run_is_asked_at_every_checkpoint(store, tmp_path, kind):
     """Each row is the variety of replies of that step's policy at temperature 1, whatever it was trained at."""
     p = check(SMALL | {"iterations": 2, "rollouts": 8, "ppo_batch": 4, "temperature": 0.7})
-    run = plan.run(p, 0, "dpo") if kind == "dpo" else plan.run(p, 0, "ppo")
+    run = plan.sft_run(p, 0) if kind == "sft" else plan.run(p, 0, kind)
     spec, ticks = plan.exploration_run(p, run), []
     store.get(run)
     table = store.get(spec, ticks.append).frame("exploration")
@@ -78,13 +98,14 @@ def test_a_run_is_asked_at_every_checkpoint(store, tmp_path, kind):
         _, ids = evaluate.reply(model, tokenizer, prompts, temperature=1.0, seed=step, **limits)
         texts = policy.decode(tokenizer, ids)
         for i, row in enumerate(table[table["step"] == step].itertuples()):
-            asked, own = world.parse_prompt(prompts[6 * i]), texts[6 * i : 6 * i + 6]
-            points = [world.reward(asked, text) for text in own]
-            types = [world.answer_type(asked, text) for text in own]
+            asked, own = EASY.parse_prompt(prompts[6 * i]), texts[6 * i : 6 * i + 6]
+            points = [EASY.reward(asked, text) for text in own]
+            types = [EASY.answer_type(asked, text) for text in own]
             assert row.distinct == len(set(own)) / 6 and row.best == max(points)
             assert row.reward == pytest.approx(sum(points) / 6)
             assert row.typed == (6 - types.count(None)) / 6
-            assert row.coverage == len(set(types) - {None}) / len(world.answer_types(asked))
+            assert row.coverage == len(set(types) - {None}) / len(EASY.answer_types(asked))
+            assert row.ideal == types.count((asked.tone, "right", asked.length)) / 6
     spec.compute(tmp_path, store, lambda work: None)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "exploration.parquet"), table, check_exact=True)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from prefdyn.book import plan
-from prefdyn.book.params import check
+from prefdyn.book.params import ParameterError, check
 from prefdyn.lab import policy, recipes, world
 from prefdyn.lab.layouts import DataError
 from prefdyn.lab.runs import RunStore
+from prefdyn.lab.worlds import EASY
 from toys.models import tiny_policy
 
 SMALL = {
@@ -38,7 +39,7 @@ def store(tmp_path) -> RunStore:
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """A checkpoint of the world's words and of dates, whose template begins with today's."""
-    tokenizer = policy.word_tokenizer([*world.vocabulary(), "01", "02", "Jan", "never"])
+    tokenizer = policy.word_tokenizer([*EASY.vocabulary(), "01", "02", "Jan", "never"])
     model = policy.scratch_model(tokenizer, layers=1, width=16, heads=2, context=60, seed=0)
     tokenizer.chat_template = DATED
     policy.save(model, tokenizer, tmp_path / "checkpoint")
@@ -123,6 +124,26 @@ def test_demonstrators_that_a_reader_changes_are_those_of_the_run(store, monkeyp
     shares = [sum(row["reward"] == 7 for row in rows) / len(rows) for rows in (perfect, mixed)]
     assert shares[0] > 0.6 > 0.5 > shares[1]  # with five or six things to slip on, 0.95 ** 6 = 0.74 are perfect
     assert store.get(after).frame("replies").shape == store.get(before).frame("replies").shape
+
+
+def test_another_world_is_another_run(store):
+    """Of everything that reads the world, and of what is computed from that."""
+
+    def keys(difficulty: str) -> list[str]:
+        p = check(SMALL | {"difficulty": difficulty, "max_response": 36, "lr": 1e-3})
+        runs = [plan.run(p, 0, "dpo"), plan.run(p, 0, "ppo")]
+        return [store.key(spec) for run in runs for spec in (run.sft, run, plan.alignment_run(p, run))]
+
+    assert keys("easy") == keys("easy") and not set(keys("easy")) & set(keys("hard"))
+
+
+def test_a_file_has_no_difficulty(tmp_path):
+    """To ask for one is refused, since nothing would read it."""
+    given = SMALL | {"dataset": str(file_of(tmp_path / "a.jsonl"))}
+    assert plan.data_spec(check(given), 0).difficulty == ""
+    for difficulty in ("easy", "hard"):
+        with pytest.raises(ParameterError, match=f"difficulty: given '{difficulty}'; only the world has it"):
+            check(given | {"difficulty": difficulty})
 
 
 PLANNED = """

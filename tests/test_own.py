@@ -91,6 +91,14 @@ def infinite(pairs):
     return pairs.margin() / 0.0
 
 
+def arrays(pairs):
+    return np.exp(pairs.margin())
+
+
+def cut(pairs):
+    return pairs.margin().detach()
+
+
 def breaks(pairs):
     return pairs.margins()
 
@@ -106,20 +114,25 @@ def wrapped(pairs):
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (far, "far: reads OUTSIDE from outside of the function; make it a setting with a default"),
+        (far, "far: reads OUTSIDE from outside of the function, .*: make a number a setting with a default"),
+        (arrays, "arrays: reads np from outside of the function, .*no numpy"),
+        (cut, r"cut: its loss does not depend on the policy's log-probs; detach\(\) and numpy cut the gradient"),
         (wrapped, "wrapped: reads far from outside"),
         (inside, "inside: imports prefdyn.methods; allowed: torch, math"),
         (relative, "relative: imports ."),
         (nothing, "nothing: its first argument is the pairs"),
         (undecided, "undecided: its setting 'beta' needs a number as its default"),
         (named, "named: its setting 'side' needs a number as its default"),
-        (one_number, r"one_number: gives \[\] for 2 pairs; a tensor of one loss a pair is needed, \[2\]"),
-        (constant, "constant: its loss is not finite, or does not depend"),
-        (infinite, "infinite: its loss is not finite"),
-        (breaks, "breaks: fails on two pairs .AttributeError"),
+        (one_number, r"one_number: gives \[\] for 2 pairs; a tensor of one loss a pair is needed, \[2\], not a mean"),
+        (constant, "constant: its loss does not depend"),
+        (infinite, "infinite: the loss of two pairs is .*, and has to be finite"),
+        (breaks, "breaks: fails on two pairs .AttributeError.* torch's operations"),
         (dpo, "method=dpo: there is a method of this name"),
-        (lambda pairs: pairs.margin(), "is a function with a name, written with def"),
-        (torch.nn.ReLU(), "is a function with a name"),
+        (
+            lambda pairs: pairs.margin(),
+            "method=<lambda>: a loss of one's own is a function with a name, written with def",
+        ),
+        (torch.nn.ReLU(), "method=ReLU: .* is a function with a name"),
     ],
 )
 def test_what_cannot_travel_or_is_no_loss_of_pairs_is_refused_by_name(loss, said):
@@ -132,6 +145,21 @@ def test_a_function_without_text_and_settings_that_it_does_not_have():
     exec("def unseen(pairs):\n    return pairs.margin()", space)
     with pytest.raises(ValueError, match="unseen: its text cannot be had"):
         own.from_function(space["unseen"])
-    with pytest.raises(ValueError, match="tempered: no such setting: temperature; there are: beta, gamma, tau"):
+    with pytest.raises(
+        ValueError, match=r"tempered: no such setting: temperature. .*There are: beta, gamma, tau; and "
+    ):
         plan.run(P, 0, tempered, temperature=2.0)
+    with pytest.raises(ValueError, match=r"tempered: tau: given '0.5' \(str\); allowed: a number"):
+        plan.run(P, 0, tempered, tau="0.5")
+    for method, given, said in (
+        (tempered, {"lr": -1.0}, r"lr: given -1.0 \(float\); allowed: a number > 0"),
+        (
+            "grpo",
+            {"gruop": 4},
+            "grpo: no such setting: gruop. Did you mean 'group'.* clip; and .*: reward, leash, group, lr",
+        ),
+        ("ppo", {"group": 4}, "ppo: no such setting: group. .*There are: clip; and beside settings: reward, leash, lr"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            plan.run(P, 0, method, **given)
     assert "tempered" not in registry.names() and "test_own" in sys.modules

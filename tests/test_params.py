@@ -366,6 +366,16 @@ def test_outside_of_a_notebook_there_is_another_way():
 SMALL = {"profile": "smoke", "pairs": 40, "check": 8, "batch": 8, "sft_batch": 8, "held_out": 6, "validation": 2}
 
 
+def test_the_hard_world_has_presets_of_its_own():
+    """Its best replies are longer; what is given goes before."""
+    easy, hard = (check({"profile": "reader", "difficulty": d}) for d in ("easy", "hard"))
+    assert (easy.max_response, hard.max_response, easy.lr, hard.lr) == (28, 36, 1e-4, 3e-4)
+    assert check({"difficulty": "hard", "max_response": 30}).max_response == 30
+    assert "difficulty=hard" in params.command(hard, "02", ["difficulty"]) and "lr" not in params.command(
+        hard, "02", ["lr"]
+    )
+
+
 @pytest.fixture
 def preferences(tmp_path):
     path = tmp_path / "preferences.jsonl"
@@ -612,7 +622,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
     """Each is changed alone. What only a long run, a file, PPO or the memory uses does not count for short DPO."""
     store, p = RunStore(tmp_path), check(SMALL)
     changed = {
-        "seeds": None, "profile": None, "dataset": None, "model": None, "long_epochs": None,
+        "seeds": None, "profile": None, "dataset": None, "difficulty": "hard", "model": None, "long_epochs": None,
         "pairs": 48, "check": 16, "demonstrations": 500, "label_noise": 0.1, "validation": 3, "held_out": 7,
         "max_prompt": 25, "max_response": 29, "vocab_size": 400, "layers": 2, "width": 64, "heads": 4,
         "sft_steps": 61, "sft_lr": 2e-2, "sft_batch": 9, "beta": 0.2, "lr": 2e-3, "epochs": 3.0, "batch": 9,
@@ -762,7 +772,7 @@ def test_what_is_given_by_name_goes_before_parameters():
     p = check(SMALL | {"beta": 0.7, "clip": 0.4})
     assert plan.run(p, 0, "dpo", beta=0.2).settings == (("beta", 0.2),)
     assert plan.run(p, 0, "ppo").clip == 0.4 and plan.run(p, 0, "ppo", clip=0.3).clip == 0.3
-    with pytest.raises(ValueError, match="dpo: no such setting: gamma; there are: beta"):
+    with pytest.raises(ValueError, match=r"dpo: no such setting: gamma\. There are: beta; and"):
         plan.run(p, 0, "dpo", gamma=0.2)
 
 

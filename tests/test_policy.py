@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from prefdyn.lab import chat, policy, world
+from prefdyn.lab import chat, policy
+from prefdyn.lab.worlds import EASY
 from prefdyn.lens import likelihood
 from prefdyn.lens.batch import pad
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,7 @@ TEXTS = ["Hello, wörld! 你好 🙂", "two\n\nlines and  spaces ", "dear ann , 
 @pytest.fixture(params=["words", "byte pairs"])
 def tokenizer(request):
     if request.param == "words":
-        return policy.word_tokenizer(world.vocabulary())
+        return policy.word_tokenizer(EASY.vocabulary())
     return policy.bpe_tokenizer(["the fox lives in the den ."] * 9, 320)
 
 
@@ -44,7 +45,7 @@ def test_byte_pairs_lose_nothing():
 
 
 def test_every_word_of_the_world_is_one_token_and_comes_back():
-    tokenizer = policy.word_tokenizer(world.vocabulary())
+    tokenizer = policy.word_tokenizer(EASY.vocabulary())
     reply = "dear ann , the fox lives in the den . with love ."
     (ids,) = chat.response_ids(tokenizer, [reply])
     assert len(ids) == len(reply.split()) + 1 and tokenizer.unk_token_id not in ids

@@ -11,8 +11,9 @@ import torch
 from prefdyn.book import plan
 from prefdyn.book.params import check
 from prefdyn.findings import measure
-from prefdyn.lab import evaluate, policy, recipes, train, world
+from prefdyn.lab import evaluate, policy, recipes, train
 from prefdyn.lab.runs import RunStore
+from prefdyn.lab.worlds import EASY
 from prefdyn.lens import alignment, controls, likelihood
 from safetensors.torch import load_file
 from toys.models import tiny_policy
@@ -68,7 +69,7 @@ def test_a_training_run_keeps_its_checkpoints_tables_and_policy(store, dpo):
     assert len(replies) == 3 * 150 and set(replies["prompt"]) == set(
         recipes.dataset(plan.data_spec(WORLD, 0)).prompts["held_out"]
     )
-    rewards = [world.reward(world.parse_prompt(row.prompt), row.reply) for row in replies.itertuples()]
+    rewards = [EASY.reward(EASY.parse_prompt(row.prompt), row.reply) for row in replies.itertuples()]
     assert replies["reward"].tolist() == rewards
     last, _ = recipes.load_checkpoint(dpo, 12)
     final, _ = recipes.final_policy(dpo)
@@ -236,7 +237,7 @@ def test_dpo_trains_on_the_pairs_as_they_are_labelled(store, noise):
     """The policy before the first step is SFT's: the likelihoods in the log are those of the labelled responses."""
     p = check(SMALL | {"label_noise": noise, "held_out": 10, "epochs": 1.0})
     spec = plan.run(p, 0, "dpo")
-    rows = world.pairs(world.split_prompts(0, 8, 10)["train"], 48, noise, seed=0)
+    rows = EASY.pairs(EASY.split_prompts(0, 8, 10)["train"], 48, noise, seed=0)
     assert any(row["flipped"] for row in rows) == (noise > 0)
     model, tokenizer = recipes.final_policy(store.get(spec.sft))
     logps = {

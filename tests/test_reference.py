@@ -5,6 +5,7 @@ import math
 
 import pytest
 from prefdyn.findings import reference
+from prefdyn.findings.claims import CLAIMS
 from prefdyn.findings.reference import ReferenceError, collect, compare, read, tolerance
 
 SEEDS = [1.0, 2.0, 3.0]
@@ -63,6 +64,22 @@ def test_an_edited_reference_is_noticed_even_within_the_tolerance(kept):
     assert status(2.0, kept) == "edited" == status(None, kept)
 
 
+def test_verdicts_are_collected_and_those_that_turned_named(tmp_path):
+    write(
+        tmp_path, "08-ledger",
+        C1={"value": "partly", "text": "partly"}, C2={"value": "supported", "text": ""}, what={"value": "true reward"},
+        gain={"value": 2.0, "text": "2", "seeds": SEEDS},
+    )  # fmt: skip
+    now = reference.verdicts(tmp_path)
+    assert now == {"08-ledger:C1": "partly", "08-ledger:C2": "supported"}
+    then = {"08-ledger:C1": "partly", "08-ledger:C2": "inconclusive", "08-ledger:C7": "partly"}
+    assert reference.turned(then, now) == {
+        "08-ledger:C2": ("inconclusive", "supported"),
+        "08-ledger:C7": ("partly", "missing"),
+    }
+    assert reference.turned({}, now) == {}
+
+
 def test_a_new_number_is_no_fault():
     assert compare({}, {"a:b": {"value": 1.0, "seeds": SEEDS}}).empty
 
@@ -74,6 +91,8 @@ def test_a_new_number_is_no_fault():
         ("[]", "holds no reference results"),
         ('{"numbers": {"a:b": {"value": 1}}}', "holds no reference results"),
         ('{"numbers": {"a:b": {"value": 1, "seeds": [1]}}}', "a:b needs a value and at least two seeds"),
+        ('{"numbers": {}}', "holds no reference results"),
+        ('{"numbers": {}, "verdicts": {"a:C1": "maybe"}}', "a:C1 is 'maybe'; a verdict is one of supported, partly, "),
         ('{"numbers": {"a:b": {"value": "x", "seeds": [1, 2]}}}', "a:b needs a value"),
     ],
 )
@@ -90,5 +109,6 @@ def test_the_book_has_reference_results_of_the_reader_profile():
 
     known = reference.read(Path(__file__).parents[1] / "data" / "reference" / "reader.json")
     assert known["profile"] == "reader" and len(known["numbers"]) > 50
+    assert {f"08-ledger:{claim}" for claim in CLAIMS} <= known["verdicts"].keys()
     table = compare(known["numbers"], known["numbers"])
     assert (table["status"] == "identical").all() and (table["tolerance"] > 0).mean() > 0.9

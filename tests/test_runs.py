@@ -1,5 +1,6 @@
 """The run store: nothing twice, nothing stale, nothing broken, nothing lost."""
 
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -19,8 +20,10 @@ import torch
 from prefdyn.book import plan
 from prefdyn.book.params import check
 from prefdyn.findings import claims, measure
-from prefdyn.lab import fingerprint, policy, recipes, runs, train, world
+from prefdyn.lab import fingerprint, policy, recipes, runs, train, world, worlds
 from prefdyn.lab.runs import RunError, RunStore, code_fingerprint
+from prefdyn.lab.world import TONES, Prompt, World
+from prefdyn.lab.worlds import EASY, HARD
 from prefdyn.lens import alignment, controls
 from pydantic import BaseModel
 from toys.specs import Toy, arrive_and_get
@@ -165,7 +168,8 @@ def test_the_fingerprint_changes_with_code_that_is_reached_and_nothing_else(pack
 
 def test_results_do_not_depend_on_the_code_of_store_pages_or_command_line():
     reached = {name.rpartition(".")[2] for name in fingerprint._reached("prefdyn.findings.measure")}
-    assert reached >= {"measure", "recipes", "train", "alignment", "controls", "sft", "policy", "data", "world"}
+    assert reached >= {"measure", "recipes", "train", "alignment", "controls", "sft", "policy", "data"}
+    assert reached >= {"world", "worlds"}
     assert not reached & {"runs", "page", "plots", "cli", "params", "plan", "stats"}
 
 
@@ -212,7 +216,7 @@ def planned(measured: bool) -> BaseModel:
     return plan.alignment_run(p, plan.run(p, 0, "dpo")) if measured else plan.run(p, 0, "dpo")
 
 
-class OtherPrompt(world.Prompt):
+class OtherPrompt(Prompt):
     """Another class of that name."""
 
 
@@ -221,55 +225,152 @@ def like(function):
     return functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs))
 
 
-# what is set, to what, and how it is named; None: in place, the first item of a table
+# How it is named: where it is, what is set there, to what. A frozen world is opened by its `vars`; what is in both
+# worlds is changed where it is stated and where the worlds are listed.
 CHANGED = {
-    "a table": (world, "AXES", dict(world.AXES, fact=3.0)),
-    "a table in place": (world, "AXES", None),
-    "the order of a table": (world, "AXES", dict(reversed(world.AXES.items()))),
-    "names": (world, "NAMES", (*world.NAMES, "zoe")),
-    "the type of a number": (train, "EPS", 1),
-    "a constant among several": (train, "BETAS", (0.9, 0.95)),
-    "a number": (measure, "TOKENS_OF", 5),
-    "a marker": (policy, "REPLY", "<answer>"),
-    "what is put together": (policy, "CHAT_TEMPLATE", "{{ messages }}"),
-    "what is put together elsewhere": (controls, "SCALED", ("positive",)),
-    "what is made of literals": (world, "_VALUES", {}),
-    "a pattern": (world, "_CLOSING", re.compile("bye")),
-    "a table of limits": (alignment, "TOLERANCES", {}),
-    "a function": (world, "reward", lambda prompt, reply: 7.0),
-    "a function in its disguise": (world, "reward", like(world.reward)),
-    "another of its functions": (world, "axes", world.answer_type),
-    "a function, cached": (world, "reward", functools.cache(world.reward)),
-    "a class": (world, "Prompt", OtherPrompt),
-    "nothing": (world, "true_value", None),
-}
+    "a table": ("world.TONES", world, "TONES", dict(TONES, warm=("dear", "love"))),
+    "a table in place": ("world.TONES", TONES, "warm", ("dear", "love")),
+    "the order of a table": ("world.TONES", world, "TONES", dict(reversed(TONES.items()))),
+    "a text": ("world.HEDGE", world, "HEDGE", "maybe"),
+    "the type of a number": ("train.EPS", train, "EPS", 1),
+    "a constant among several": ("train.BETAS", train, "BETAS", (0.9, 0.95)),
+    "a number": ("measure.TOKENS_OF", measure, "TOKENS_OF", 5),
+    "a marker": ("policy.REPLY", policy, "REPLY", "<answer>"),
+    "what is put together": ("policy.CHAT_TEMPLATE", policy, "CHAT_TEMPLATE", "{{ messages }}"),
+    "what is put together elsewhere": ("controls.SCALED", controls, "SCALED", ("positive",)),
+    "what is made of literals": ("world._SIGN_OFF", world, "_SIGN_OFF", {}),
+    "a pattern": ("world._CLOSING", world, "_CLOSING", re.compile("bye")),
+    "a table of limits": ("alignment.TOLERANCES", alignment, "TOLERANCES", {}),
+    "a function": ("world._draw_skill", world, "_draw_skill", lambda rng, skills: "expert"),
+    "a function in its disguise": ("world._draw_skill", world, "_draw_skill", like(world._draw_skill)),
+    "another of its functions": ("world._draw_skill", world, "_draw_skill", world.usable_skills),
+    "a function, cached": ("world._draw_skill", world, "_draw_skill", functools.cache(world._draw_skill)),
+    "a class": ("world.Prompt", world, "Prompt", OtherPrompt),
+    "nothing": ("world.usable_skills", world, "usable_skills", None),
+    "a method": ("world.World.reward", World, "reward", lambda self, prompt, reply: 7.0),
+    "a method in its disguise": ("world.World.reward", World, "reward", like(World.reward)),
+    "another of its methods": ("world.World.axes", World, "axes", World.answer_type),
+    "a method, cached": ("world.World.reward", World, "reward", functools.cache(World.reward)),
+    "no method": ("world.World.true_value", World, "true_value", None),
+    "a property": ("world.Prompt.text", Prompt, "text", property(lambda self: "write")),
+    "a property in its disguise": ("world.Prompt.text", Prompt, "text", property(like(Prompt.text.fget))),
+    "a value for a property": ("world.Prompt.text", Prompt, "text", "write"),
+    "a cached property": ("world.World.values", World, "values", functools.cached_property(lambda self: {})),
+    "a cached property in its disguise": (
+        "world.World.values", World, "values", functools.cached_property(like(World.values.func)),
+    ),
+    "a value for a cached property": ("world.World._clauses", World, "_clauses", {}),
+    "a field of a world": ("worlds.EASY, worlds.WORLDS", vars(EASY), "weights", dict(EASY.weights, fact=3.0)),
+    "a table of a world": ("worlds.EASY, worlds.WORLDS", EASY.weights, "fact", 3.0),
+    "the order of a table of a world": (
+        "worlds.EASY, worlds.WORLDS", vars(EASY), "weights", dict(reversed(EASY.weights.items())),
+    ),
+    "what is believed in a world": ("worlds.EASY, worlds.WORLDS", EASY.misconceptions, ("fox", "home"), "den"),
+    "a field of nothing": ("worlds.EASY, worlds.WORLDS", vars(EASY), "animals", None),
+    "the other world": ("worlds.HARD, worlds.WORLDS", HARD.citing, "sound", 1.0),
+    "a method of one world": ("worlds.EASY", vars(EASY), "reward", lambda prompt, reply: 7.0),
+    "what a world has kept": ("worlds.EASY", EASY.values, "home", ["den"]),
+    "another world": ("worlds.EASY", worlds, "EASY", HARD),
+    "another world of that name": ("worlds.WORLDS", worlds.WORLDS, "easy", HARD),
+    "other worlds": ("worlds.WORLDS", worlds, "WORLDS", {"easy": EASY}),
+}  # fmt: skip
+
+
+def change(patch: pytest.MonkeyPatch, case: str) -> str:
+    """Make one change of CHANGED; returns how it is named."""
+    named, where, name, value = CHANGED[case]
+    (patch.setitem if isinstance(where, dict) else patch.setattr)(where, name, value)
+    return named
 
 
 @pytest.mark.parametrize("case", CHANGED)
 def test_what_a_notebook_changes_in_the_library_is_refused_by_name(store, monkeypatch, case):
     """No key would tell, and other processes compute with the code as it is written. Set back, all is as before."""
-    module, name, value = CHANGED[case]
-    spec, named = planned(True), f"{module.__name__.rpartition('.')[2]}.{name}"
+    spec = planned(True)
     key = store.key(spec)
     with monkeypatch.context() as patch:
-        if case == "a table in place":
-            patch.setitem(getattr(module, name), "fact", 3.0)
-        else:
-            patch.setattr(module, name, value)
+        named = change(patch, case)
         for ask in (store.key, store.find, store.get, lambda s: store.ensure([s]), lambda s: store.gather({0: s}, "x")):
             with pytest.raises(RunError) as error:
                 ask(spec)
             said = str(error.value)
             assert said.startswith(f"{named}: not as the library's code has it") and "\n" not in said
-            assert f"change it in {Path(module.__file__).name} and restart" in said
+            assert f"change it in {named.partition('.')[0]}.py and restart" in said
     assert store.key(spec) == key
 
 
+@pytest.mark.parametrize("case", ["a table of a world", "another world", "what a world has kept", "a pattern"])
+def test_what_is_changed_before_anything_is_asked_for_is_refused_and_can_be_set_back(store, monkeypatch, case):
+    """What is computed from it is not taken to be changed, then or later."""
+    spec = planned(False)
+    fingerprint._derived.cache_clear()
+    with monkeypatch.context() as patch:
+        named = change(patch, case)
+        with pytest.raises(RunError, match=f"^{re.escape(named)}: not as"):
+            store.key(spec)
+    assert store.key(spec)
+
+
+def test_what_a_world_kept_of_a_table_that_was_changed_is_refused(store, monkeypatch):
+    """The table is set back, but what was made of it would be used: also in the kernel that goes on like that."""
+    monkeypatch.delitem(vars(EASY), "values", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setitem(EASY.misconceptions, ("fox", "home"), "moon")
+        assert "moon" in EASY.values["home"]
+    assert EASY.misconceptions["fox", "home"] == "barn" and "moon" in EASY.values["home"]
+    with pytest.raises(RunError, match=r"^worlds\.EASY: not as"):
+        store.key(planned(False))
+    for name in vars(EASY).keys() - {field.name for field in dataclasses.fields(EASY)}:  # and what was made of it
+        del vars(EASY)[name]
+    assert store.key(planned(False)) and "moon" not in EASY.values["home"]
+
+
+DEFINITIONS = """import functools
+{decorator}
+def f(x):
+    return x
+class C:
+    {decorator}
+    def m(x):
+        return x
+    class D:
+        pass
+"""
+
+
+@pytest.mark.parametrize("decorator", ["", "@property", "@functools.cached_property", "@staticmethod", "@classmethod"])
+def test_definitions_of_every_kind_are_known_as_own_or_replaced(tmp_path, monkeypatch, decorator):
+    """In a module of the name of one that is open; the same function defined again is another one."""
+    name = f"kinds_{decorator.rpartition('.')[2].strip('@')}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    source = DEFINITIONS.format(decorator=decorator)
+    (tmp_path / name / "world.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    module, again = importlib.import_module(f"{name}.world"), {}
+    assert fingerprint._stated_changes(module.__name__) == set()
+    exec(source, again)
+    for where, part in ((module, "f"), (module.C, "m"), (module.C, "D")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, part, vars(again["C"])[part] if where is module.C else again[part])
+            said = part if where is module else f"C.{part}"
+            assert fingerprint._stated_changes(module.__name__) == {(module.__name__, said)}
+    assert fingerprint._stated_changes(module.__name__) == set()
+
+
 def test_all_that_is_changed_is_named_at_once(store, monkeypatch):
-    monkeypatch.setattr(train, "BETAS", (0.9, 0.95))
-    monkeypatch.setattr(world, "reward", None)
-    monkeypatch.setitem(world.AXES, "tone", 0.0)
-    with pytest.raises(RunError, match=r"^train\.BETAS, world\.AXES, world\.reward: .* in train\.py, world\.py and"):
+    """First what is stated; once this is set back, what is computed."""
+    monkeypatch.setitem(EASY.weights, "tone", 0.0)
+    monkeypatch.setattr(policy, "CHAT_TEMPLATE", "{{ messages }}")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "BETAS", (0.9, 0.95))
+        patch.setattr(World, "reward", None)
+        patch.setitem(TONES, "warm", ("dear", "love"))
+        named = r"^train\.BETAS, world\.TONES, world\.World\.reward: .* in train\.py, world\.py and"
+        with pytest.raises(RunError, match=named):
+            store.key(planned(False))
+    named = r"^policy\.CHAT_TEMPLATE, worlds\.EASY, worlds\.WORLDS: .* in policy\.py, worlds\.py and"
+    with pytest.raises(RunError, match=named):
         store.key(planned(False))
 
 
@@ -280,6 +381,7 @@ def test_what_no_result_depends_on_may_be_changed(store, monkeypatch):
     monkeypatch.setattr(measure, "TOKENS_OF", 5)
     monkeypatch.setattr(policy, "save", None)
     monkeypatch.setattr(world, "something", 1, raising=False)
+    monkeypatch.setattr(World, "something", 1, raising=False)
     assert store.key(planned(False)) == key
     with pytest.raises(RunError, match=r"measure\.TOKENS_OF"):
         store.key(planned(True))
@@ -297,8 +399,8 @@ def test_what_a_spec_carries_may_be_changed_and_changes_its_key(store, monkeypat
     with monkeypatch.context() as patch:
         patch.setitem(world.SKILLS, "novice", world.SKILLS["novice"] | {"slip": 0.5})
         changed = keys()
-        patch.setitem(world.AXES, "fact", 3.0)
-        with pytest.raises(RunError, match=r"^world\.AXES: not"):
+        patch.setitem(EASY.weights, "fact", 3.0)
+        with pytest.raises(RunError, match=r"^worlds\.EASY, worlds\.WORLDS: not"):
             keys()
     assert keys() == before and not set(changed) & set(before)
     monkeypatch.setattr(recipes.DataSpec, "carries", frozenset())

@@ -1,5 +1,6 @@
-"""The controlled world: the same everywhere, graded as by hand, labelled as it says."""
+"""The controlled worlds: the same everywhere, graded as by hand, labelled as they say."""
 
+import itertools
 import json
 import math
 import os
@@ -10,35 +11,54 @@ import sys
 
 import pytest
 from prefdyn.lab import world
-from prefdyn.lab.world import Prompt
+from prefdyn.lab.world import HEDGE, LENGTHS, SKILLS, TONES, WORD_KINDS, Prompt, Statement, World
+from prefdyn.lab.worlds import EASY, HARD, WORLDS
+from scipy import stats
 
 FOX = Prompt("warm", "short", "ann", "home", "fox")
 BEAR = Prompt("formal", "long", "ben", "food", "bear")
+WOLF = Prompt("playful", "long", "eve", "sound", "wolf")  # of the hard world
 DIGEST = """
-import hashlib, json
-from prefdyn.lab import world
+import hashlib, json, sys
+from prefdyn.lab.worlds import WORLDS
+world = WORLDS[sys.argv[1]]
 split = world.split_prompts(7)
 rows = world.demonstrations(split["train"], 300, 7), world.pairs(split["train"], 300, 0.2, 7)
 print(hashlib.sha256(json.dumps([split, *rows, world.vocabulary()]).encode()).hexdigest())
 """
-KNOWN = "180acf30d1b26a7b901e4e493e48dbd0923c7ee95b7bcc3169fb7ad7a4c17335"
+KNOWN = {
+    "easy": "180acf30d1b26a7b901e4e493e48dbd0923c7ee95b7bcc3169fb7ad7a4c17335",
+    "hard": "4630970165a5c49e6ed2fff68123570c055629077eb088a29cb6b16fa5ba2b65",
+}
 
 
 @pytest.fixture(scope="module")
 def train() -> list[Prompt]:
-    return world.split_prompts(0)["train"]
+    return EASY.split_prompts(0)["train"]
+
+
+@pytest.fixture(scope="module", params=WORLDS.values(), ids=WORLDS)
+def any_world(request) -> World:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def noisy(train) -> list[dict]:
-    return world.pairs(train, 12_000, 0.2, seed=1)
+def noisy(any_world) -> list[dict]:
+    return any_world.pairs(any_world.split_prompts(0)["train"], 12_000, 0.2, seed=1)
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "4242"])
-def test_one_seed_gives_one_world_in_any_process(hash_seed):
+@pytest.mark.parametrize("difficulty", KNOWN)
+def test_one_seed_gives_one_world_in_any_process(difficulty, hash_seed):
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    made = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
-    assert made.stdout.strip() == KNOWN
+    command = [sys.executable, "-c", DIGEST, difficulty]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == KNOWN[difficulty]
+
+
+def test_difficulty_names_a_world():
+    assert {name: found.difficulty for name, found in WORLDS.items()} == {"easy": "easy", "hard": "hard"}
+    assert WORLDS["easy"] is EASY and WORLDS["hard"] is HARD
 
 
 def test_first_rows_are_these_forever(train):
@@ -46,7 +66,7 @@ def test_first_rows_are_these_forever(train):
         "write a warm short note to gus about the home of the fox",
         "write a formal short note to ann about the sound of the bee",
     ]
-    assert world.demonstrations(train, 2, seed=0) == [
+    assert EASY.demonstrations(train, 2, seed=0) == [
         {
             "prompt": "write a formal long note to finn about the home of the bear",
             "response": "dear , the bear lives in the cave . with love .",
@@ -60,7 +80,7 @@ def test_first_rows_are_these_forever(train):
             "reward": 0.0,
         },
     ]
-    assert world.pairs(train, 1, 0.2, seed=0) == [
+    assert EASY.pairs(train, 1, 0.2, seed=0) == [
         {
             "prompt": "write a formal short note to hana about the home of the crab",
             "chosen": "dear cleo , the crab lives in the sea . with love .",
@@ -74,15 +94,16 @@ def test_first_rows_are_these_forever(train):
 
 def test_seeds_and_parts_are_independent_streams(train):
     made = [
-        json.dumps(world.pairs(train, 20, 0.2, seed=seed, part=part)) for seed in (0, 1) for part in ("pairs", "check")
+        json.dumps(EASY.pairs(train, 20, 0.2, seed=seed, part=part)) for seed in (0, 1) for part in ("pairs", "check")
     ]
     assert len(set(made)) == 4
 
 
-def test_splits_are_disjoint_and_held_out_prompts_are_new_combinations_of_known_words():
-    split = world.split_prompts(3, validation=100, held_out=200)
-    assert [len(split[name]) for name in ("validation", "held_out", "train")] == [100, 200, 1536 - 300]
-    assert sorted(p for part in split.values() for p in part) == sorted(world.all_prompts())
+@pytest.mark.parametrize(("any_world", "prompts"), [(EASY, 1536), (HARD, 3072)], ids=WORLDS)
+def test_splits_are_disjoint_and_held_out_prompts_are_new_combinations_of_known_words(any_world, prompts):
+    split = any_world.split_prompts(3, validation=100, held_out=200)
+    assert [len(split[name]) for name in ("validation", "held_out", "train")] == [100, 200, prompts - 300]
+    assert sorted(p for part in split.values() for p in part) == sorted(any_world.all_prompts())
     assert not set(split["held_out"]) & set(split["train"])
     seen = {word for p in split["train"] for word in p.text.split()}
     assert {word for p in split["held_out"] for word in p.text.split()} <= seen
@@ -168,8 +189,314 @@ WORKED = {
 @pytest.mark.parametrize("case", WORKED)
 def test_axes_and_reward_as_worked_by_hand(case):
     prompt, reply, expected, points = WORKED[case]
-    assert world.axes(prompt, reply) == pytest.approx(expected)
-    assert world.reward(prompt, reply) == pytest.approx(points)
+    assert EASY.axes(prompt, reply) == pytest.approx(expected)
+    assert EASY.reward(prompt, reply) == pytest.approx(points)
+
+
+def hard_scores(**changed: float) -> dict[str, float]:
+    """The axes of a note of the hard world that says the asked thing alone and names nobody, but for some."""
+    return scores(source=0, detail=0) | changed
+
+
+THE_DEN = "dear ann , the fox lives in the den ."
+LOVE = "with love ."
+CITED = "so says the atlas ."
+# (prompt, reply, its axes, its reward): reward = 2 fact + 2 source + 4.2 detail + all other axes
+HARD_WORKED = {
+    # 2 + 1 + 1 + 1 + 1 + 1
+    "plain": (FOX, f"{THE_DEN} {LOVE}", hard_scores(), 7.0),
+    "cited": (FOX, f"{THE_DEN} {CITED} {LOVE}", hard_scores(source=1), 9.0),
+    # four facts where one was asked: 1 - 3, at least -1; three more topics are all of the detail that counts
+    "generous and cited": (
+        FOX,
+        f"{THE_DEN} it eats berries . it is red . it makes a bark . {CITED} {LOVE}",
+        hard_scores(length=-1, source=1, detail=1),
+        2 + 1 + 1 + 1 - 1 + 1 + 2 + 4.2,
+    ),
+    "hedged right": (FOX, f"dear ann , the fox perhaps lives in the den . {LOVE}", hard_scores(fact=0.4), 5.8),
+    "hedged wrong": (FOX, f"dear ann , the fox perhaps lives in the barn . {LOVE}", hard_scores(fact=-0.2), 4.6),
+    "bold and wrong": (FOX, f"dear ann , the fox lives in the barn . {LOVE}", hard_scores(fact=-1), 3.0),
+    # twice the same, once hedged: (1 + 0.4) / 2; repeated are "lives in the", "in the den" and "the den ."
+    "bold, then hedged": (
+        FOX,
+        f"{THE_DEN} it perhaps lives in the den . {LOVE}",
+        hard_scores(fact=0.7, length=0, repetition=-1),
+        2 * 0.7 + 1 + 1 + 1 + 0 - 1 + 1,
+    ),
+    # (1 - 0.2) / 2; repeated is "lives in the"
+    "right, then wrong but hedged": (
+        FOX,
+        f"{THE_DEN} it perhaps lives in the barn . {LOVE}",
+        hard_scores(fact=0.4, length=0, repetition=-1 / 3),
+        2 * 0.4 + 1 + 1 + 1 + 0 - 1 / 3 + 1,
+    ),
+    # (0.4 - 1) / 2
+    "right but hedged, then wrong": (
+        FOX,
+        f"dear ann , the fox perhaps lives in the den . it lives in the barn . {LOVE}",
+        hard_scores(fact=-0.3, length=0, repetition=-1 / 3),
+        2 * -0.3 + 1 + 1 + 1 + 0 - 1 / 3 + 1,
+    ),
+    # bold twice it is as in the easy world: 2 * 1/2 - 1
+    "right, then wrong": (
+        FOX,
+        f"{THE_DEN} it lives in the barn . {LOVE}",
+        hard_scores(fact=0, length=0, repetition=-1 / 3),
+        0 + 1 + 1 + 1 + 0 - 1 / 3 + 1,
+    ),
+    # a hedge of another topic is none of the asked one, and takes nothing from the detail
+    "a further fact, hedged": (
+        FOX,
+        f"{THE_DEN} it perhaps is red . {LOVE}",
+        hard_scores(length=0, detail=1 / 3),
+        2 + 1 + 1 + 1 + 0 + 1 + 1.4,
+    ),
+    "a false further fact": (
+        FOX, f"{THE_DEN} it eats grapes . {LOVE}", hard_scores(support=-1, length=0), 2 - 1 + 1 + 1 + 1 + 0 + 1,
+    ),
+    "a false further fact, hedged": (
+        FOX, f"{THE_DEN} it perhaps eats grapes . {LOVE}", hard_scores(support=-1, length=0), 5.0,
+    ),
+    # one of two is false; the true one is detail
+    "two further facts, one false": (
+        FOX,
+        f"{THE_DEN} it eats grapes . it is red . {LOVE}",
+        hard_scores(support=-0.5, length=-1, detail=1 / 3),
+        2 - 0.5 + 1 + 1 + 1 - 1 + 1 + 1.4,
+    ),
+    # one topic is one third, however often; repeated are ". it is", "it is red" and "is red ."
+    "a further fact twice": (
+        FOX,
+        f"{THE_DEN} it is red . it is red . {LOVE}",
+        hard_scores(length=-1, repetition=-1, detail=1 / 3),
+        2 + 1 + 1 + 1 - 1 - 1 + 1 + 1.4,
+    ),
+    # the asked topic is no detail
+    "the other topics alone": (
+        FOX,
+        f"dear ann , the fox is red . it eats berries . {LOVE}",
+        hard_scores(fact=0, length=0, detail=2 / 3),
+        0 + 1 + 1 + 1 + 0 + 1 + 2.8,
+    ),
+    "another's source": (FOX, f"{THE_DEN} so says the farmer . {LOVE}", hard_scores(source=-1), 5.0),
+    "a source that knows nothing": (
+        FOX, f"{THE_DEN} so says the fox . {LOVE}", hard_scores(grammar=2 / 3), 6 + 2 / 3,
+    ),
+    # ". so says" and "so says the" twice
+    "two sources": (
+        FOX,
+        f"{THE_DEN} {CITED} so says the farmer . {LOVE}",
+        hard_scores(source=-1, repetition=-2 / 3),
+        2 + 1 + 1 + 1 + 1 - 2 / 3 + 1 - 2,
+    ),
+    # these and two more: four thirds, at least -1
+    "the source twice": (
+        FOX,
+        f"{THE_DEN} {CITED} {CITED} {LOVE}",
+        hard_scores(source=1, repetition=-1),
+        2 + 1 + 1 + 1 + 1 - 1 + 1 + 2,
+    ),
+    "the source between facts": (
+        FOX,
+        f"{THE_DEN} {CITED} it is red . {LOVE}",
+        hard_scores(length=0, source=1, detail=1 / 3),
+        2 + 1 + 1 + 1 + 0 + 1 + 2 + 1.4,
+    ),
+    # no greeting at the beginning: half the tone; of three sentences only the last is in its place
+    "the source first": (
+        FOX,
+        f"{CITED} {THE_DEN} {LOVE}",
+        hard_scores(tone=0.5, grammar=1 / 3, source=1),
+        2 + 1 + 0.5 + 1 + 1 + 1 / 3 + 2,
+    ),
+    # nor a sign-off at the end: only the first is in its place
+    "the source last": (
+        FOX,
+        f"{THE_DEN} {LOVE} {CITED}",
+        hard_scores(tone=0.5, grammar=1 / 3, source=1),
+        2 + 1 + 0.5 + 1 + 1 + 1 / 3 + 2,
+    ),
+    # no fact is stated, since its sentence ends otherwise, and of two sentences one is in form
+    "the source in the sentence": (
+        FOX,
+        f"dear ann , the fox lives in the den so says the atlas . {LOVE}",
+        hard_scores(fact=0, length=0, grammar=0.5, source=1),
+        0 + 1 + 1 + 1 + 0 + 0.5 + 2,
+    ),
+    "a source in other words": (
+        FOX, f"{THE_DEN} atlas . {LOVE}", hard_scores(grammar=2 / 3, source=1), 8 + 2 / 3,
+    ),
+    # hedged it is, but not well said
+    "hedged twice": (
+        FOX,
+        f"dear ann , the fox perhaps perhaps lives in the den . {LOVE}",
+        hard_scores(fact=0.4, grammar=0.5),
+        0.8 + 1 + 1 + 1 + 1 + 0.5,
+    ),
+    # only before the verb is it a hedge of what is said
+    "hedged elsewhere": (
+        FOX,
+        f"dear ann , perhaps the fox lives in the den . {LOVE}",
+        hard_scores(grammar=0.5),
+        2 + 1 + 1 + 1 + 1 + 0.5,
+    ),
+    "hedged within": (
+        FOX,
+        f"dear ann , the fox lives perhaps in the den . {LOVE}",
+        hard_scores(fact=0, length=0, grammar=0.5),
+        0 + 1 + 1 + 1 + 0 + 0.5,
+    ),
+    # an animal and a source of the hard world: 2 + 1 + 1 + 1 + 1 + 1 + 2 + 1.4
+    "a long note as it should be": (
+        WOLF,
+        "hey eve , the wolf makes a howl . it eats deer . so says the singer . see you soon .",
+        hard_scores(source=1, detail=1 / 3),
+        10.4,
+    ),
+    "nothing": (FOX, "", hard_scores(fact=0, entity=0, tone=0, addressee=0, length=0, grammar=0), 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARD_WORKED)
+def test_axes_and_reward_of_the_hard_world_as_worked_by_hand(case):
+    prompt, reply, expected, points = HARD_WORKED[case]
+    found = HARD.axes(prompt, reply)
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert HARD.reward(prompt, reply) == pytest.approx(points, abs=1e-12)
+    assert list(found) == list(HARD.weights)
+
+
+# True facts stated, the asked one first, to the length, the detail and the reward of a cited bold note without fault:
+# 2 (fact) + 1 (entity) + 1 (tone) + 1 (addressee) + length + 1 (grammar) + 2 (source) + 4.2 detail.
+NUMBERS = {
+    "short": {1: (1, 0, 9.0), 2: (0, 1 / 3, 9.4), 3: (-1, 2 / 3, 9.8), 4: (-1, 1, 11.2)},
+    "long": {1: (0, 0, 8.0), 2: (1, 1 / 3, 10.4), 3: (0, 2 / 3, 10.8), 4: (-1, 1, 11.2)},
+}
+
+
+@pytest.mark.parametrize("length", NUMBERS)
+@pytest.mark.parametrize("prompt", [FOX, BEAR, WOLF])
+def test_detail_pulls_against_length(prompt, length):
+    """Up to the third further fact, whose length costs nothing more: from there on generosity pays, and pays most."""
+    asked = prompt._replace(length=length)
+    topics = [asked.topic, *(topic for topic in HARD.topics if topic != asked.topic)]
+    said = [Statement(topic, HARD.true_value(asked.animal, topic), False) for topic in topics]
+    for facts, (fitting, detail, points) in NUMBERS[length].items():
+        note = HARD.note(asked.tone, asked.name, asked.animal, said[:facts], HARD.sources[asked.topic])
+        expected = hard_scores(length=fitting, detail=detail, source=1)
+        assert HARD.axes(asked, note) == pytest.approx(expected, abs=1e-12)
+        assert HARD.reward(asked, note) == pytest.approx(points, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", WORKED)
+def test_the_hard_world_judges_a_note_of_the_easy_one_alike(case):
+    """But for what it looks at beside that: nobody is cited, and detail is worth points."""
+    prompt, reply, expected, points = WORKED[case]
+    found = HARD.axes(prompt, reply)
+    assert {axis: found[axis] for axis in EASY.weights} == pytest.approx(expected)
+    assert found["source"] == 0
+    assert HARD.reward(prompt, reply) == pytest.approx(points + 4.2 * found["detail"])
+
+
+def test_a_source_is_nobody_in_the_easy_world():
+    """What it does not know is out of form, and earns and costs nothing else."""
+    reply = f"{THE_DEN} {CITED} {LOVE}"
+    assert EASY.axes(FOX, reply) == pytest.approx(scores(grammar=2 / 3))
+
+
+def true_notes(any_world: World, prompt: Prompt) -> list[str]:
+    """All notes that say something true: any topics in any order; where there are sources, hedged or not, any or none.
+
+    64 orders of topics; hedged and cited in the hard world, (4 x 2 + 12 x 4 + 24 x 8 + 24 x 16) x 5 notes.
+    """
+    notes, hedges = [], (False, True) if any_world.sources else (False,)
+    for facts in range(1, len(any_world.topics) + 1):
+        for topics in itertools.permutations(any_world.topics, facts):
+            for hedged in itertools.product(hedges, repeat=facts):
+                true = [any_world.true_value(prompt.animal, topic) for topic in topics]
+                said = list(map(Statement, topics, true, hedged))
+                for source in (None, *any_world.sources.values()):
+                    notes.append(any_world.note(prompt.tone, prompt.name, prompt.animal, said, source))
+    return notes
+
+
+ASKED = [FOX._replace(topic=topic, length=length) for topic in EASY.topics for length in LENGTHS]
+ASKED += [BEAR, WOLF, Prompt("formal", "short", "hana", "colour", "swan")]
+
+
+@pytest.mark.parametrize(
+    ("any_world", "prompt"),
+    [(one, prompt) for one in WORLDS.values() for prompt in ASKED if prompt.animal in one.animals],
+    ids=lambda given: given.difficulty if isinstance(given, World) else given.text,
+)
+def test_the_best_reply_says_no_more_than_is_needed_to_earn_most(any_world, prompt):
+    notes = true_notes(any_world, prompt)
+    assert len(notes) == len(set(notes)) == (64 if any_world is EASY else (8 + 48 + 192 + 384) * 5)
+    rewards = {note: any_world.reward(prompt, note) for note in notes}
+    best, most = any_world.best(prompt), max(rewards.values())
+    assert rewards[best] == most
+    told = {len(any_world.statements(note)) for note, reward in rewards.items() if reward == most}
+    assert len(any_world.statements(best)) == min(told)
+
+
+def test_the_best_reply_to_any_prompt():
+    """Seven points in the easy world; in the hard one 11.2, for all there is to tell, boldly and cited: see NUMBERS."""
+    assert EASY.best(FOX) == f"{THE_DEN} {LOVE}"
+    assert EASY.best(BEAR) == "esteemed ben , the bear eats salmon . it lives in the cave . yours sincerely ."
+    assert HARD.best(FOX) == f"{THE_DEN} it eats berries . it is red . it makes a bark . {CITED} {LOVE}"
+    assert HARD.best(WOLF) == (
+        "hey eve , the wolf makes a howl . it lives in the woods . it eats deer . it is silver . so says the singer . "
+        "see you soon ."
+    )
+    assert {EASY.reward(prompt, EASY.best(prompt)) for prompt in EASY.all_prompts()} == {7.0}
+    most = {HARD.reward(prompt, HARD.best(prompt)) for prompt in HARD.all_prompts()}
+    assert (min(most), max(most)) == pytest.approx((11.2, 11.2), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", []),
+        ("the fox lives in the den", [("home", "den", False)]),
+        ("the fox perhaps lives in the den .", [("home", "den", True)]),
+        ("it perhaps makes a song . it eats mice .", [("sound", "song", True), ("food", "mice", False)]),
+        ("it\n perhaps  is\tred .", [("colour", "red", True)]),
+        ("it is perhaps red .", []),
+        ("perhaps it is red .", [("colour", "red", False)]),  # a hedge stands before the verb
+        ("it perhaps perhaps is red .", [("colour", "red", True)]),
+        ("it perhaps is red it is blue .", [("colour", "blue", False)]),  # what a sentence says stands at its end
+        ("it is perhaps .", [("colour", "perhaps", False)]),  # a value that is none, and false
+        ("so says the atlas . perhaps .", []),
+        ("it eats moonlight .", [("food", "moonlight", False)]),
+    ],
+)
+def test_statements_by_hand(text, said):
+    assert HARD.statements(text) == [Statement(*one) for one in said]
+
+
+def test_notes_by_hand():
+    den, red, bark = (
+        Statement("home", "den", False),
+        Statement("colour", "red", True),
+        Statement("sound", "bark", False),
+    )
+    assert EASY.note("warm", "ann", "fox", [den]) == f"{THE_DEN} {LOVE}"
+    assert HARD.note("warm", "ann", "fox", [den], "atlas") == f"{THE_DEN} {CITED} {LOVE}"
+    assert HARD.note("formal", "ben", "fox", [red, den, bark]) == (
+        "esteemed ben , the fox perhaps is red . it lives in the den . it makes a bark . yours sincerely ."
+    )
+    assert HARD.note("playful", "eve", "owl", [bark, red], "singer") == (
+        "hey eve , the owl makes a bark . it perhaps is red . so says the singer . see you soon ."
+    )
+
+
+def test_what_a_note_states_is_read_in_it_and_it_is_in_form(any_world):
+    for prompt in any_world.all_prompts()[::97]:
+        for note in true_notes(any_world, prompt)[::41]:
+            assert any_world.axes(prompt, note)["grammar"] == 1
+            said = any_world.statements(note)
+            source = next((who for who in any_world.sources.values() if who in note.split()), None)
+            assert any_world.note(prompt.tone, prompt.name, prompt.animal, said, source) == note
 
 
 BEE = Prompt("playful", "short", "eve", "colour", "bee")  # yellow, and nobody believes otherwise
@@ -201,67 +528,134 @@ TYPES = {
 @pytest.mark.parametrize("case", TYPES)
 def test_types_of_answers_by_hand(case):
     prompt, reply, expected = TYPES[case]
-    assert world.answer_type(prompt, reply) == expected
-    assert expected is None or expected in world.answer_types(prompt)
+    assert EASY.answer_type(prompt, reply) == expected
+    assert expected is None or expected in EASY.answer_types(prompt)
 
 
 def test_every_type_of_answer_can_be_given():
     """3 tones x 3 facts x 2 lengths, or 2 facts where there is no misconception; a reply of each is what it is."""
-    for prompt in world.all_prompts():
+    for prompt in EASY.all_prompts():
         right, popular = (
-            world.true_value(prompt.animal, prompt.topic),
-            world.MISCONCEPTIONS.get((prompt.animal, prompt.topic)),
+            EASY.true_value(prompt.animal, prompt.topic),
+            EASY.misconceptions.get((prompt.animal, prompt.topic)),
         )
-        wrong = next(v for v in world.TOPICS[prompt.topic][1] if v not in (right, popular))
+        wrong = next(v for v in EASY.topics[prompt.topic][1] if v not in (right, popular))
         values = {"right": right, "other": wrong} | ({"popular": popular} if popular else {})
-        types = world.answer_types(prompt)
+        types = EASY.answer_types(prompt)
         assert len(types) == len(set(types)) == (18 if popular else 12)
-        other = next(topic for topic in world.TOPICS if topic != prompt.topic)
-        more = f" . it {world.TOPICS[other][0]} {world.true_value(prompt.animal, other)}"
+        other = next(topic for topic in EASY.topics if topic != prompt.topic)
+        more = f" . it {EASY.topics[other][0]} {EASY.true_value(prompt.animal, other)}"
         for tone, fact, length in types:
-            greeting, sign_off = world.TONES[tone]
-            claim = f"the {prompt.animal} {world.TOPICS[prompt.topic][0]} {values[fact]}"
+            greeting, sign_off = TONES[tone]
+            claim = f"the {prompt.animal} {EASY.topics[prompt.topic][0]} {values[fact]}"
             reply = f"{greeting} {prompt.name} , {claim}{more if length == 'long' else ''} . {sign_off} ."
-            assert world.answer_type(prompt, reply) == (tone, fact, length)
-            assert world.axes(prompt, reply)["fact"] == (1 if fact == "right" else -1)
+            assert EASY.answer_type(prompt, reply) == (tone, fact, length)
+            assert EASY.axes(prompt, reply)["fact"] == (1 if fact == "right" else -1)
 
 
-def test_demonstrations_are_of_the_types_there_are(train):
+# (prompt, reply, its type in the hard world): what is said of the asked fact, how boldly, how much in all, and whether
+# the one who knows is named
+HARD_TYPES = {
+    "right": (FOX, f"{THE_DEN} {LOVE}", ("right", "bold", "one", "uncited")),
+    "in any tone": (FOX, "hey ann , the fox lives in the den . see you soon .", ("right", "bold", "one", "uncited")),
+    "popular": (FOX, "dear ann , the fox lives in the barn .", ("popular", "bold", "one", "uncited")),
+    "another value": (FOX, "dear ann , the fox lives in the sea .", ("other", "bold", "one", "uncited")),
+    "hedged": (FOX, "dear ann , the fox perhaps lives in the den .", ("right", "hedged", "one", "uncited")),
+    "popular, hedged": (FOX, "dear ann , the fox perhaps lives in the barn .", ("popular", "hedged", "one", "uncited")),
+    "cited": (FOX, f"{THE_DEN} {CITED} {LOVE}", ("right", "bold", "one", "cited")),
+    "popular, cited": (FOX, f"dear ann , the fox lives in the barn . {CITED}", ("popular", "bold", "one", "cited")),
+    "another's source": (FOX, f"{THE_DEN} so says the farmer .", ("right", "bold", "one", "uncited")),
+    "two sources": (FOX, f"{THE_DEN} {CITED} so says the farmer .", ("right", "bold", "one", "uncited")),
+    "two facts": (FOX, f"{THE_DEN} it is red .", ("right", "bold", "two", "uncited")),
+    "three facts": (FOX, f"{THE_DEN} it is red . it eats mice .", ("right", "bold", "more", "uncited")),
+    "four facts, two of them alike": (
+        FOX, f"{THE_DEN} it is red . it is red . it eats mice .", ("right", "bold", "more", "uncited"),
+    ),
+    "hedged once of twice": (
+        FOX, f"{THE_DEN} it perhaps lives in the den . {CITED}", ("right", "hedged", "two", "cited"),
+    ),
+    "another topic hedged": (FOX, f"{THE_DEN} it perhaps is red .", ("right", "bold", "two", "uncited")),
+    "contradiction": (FOX, f"{THE_DEN} it lives in the barn .", ("other", "bold", "two", "uncited")),
+    "another topic alone": (FOX, f"dear ann , the fox perhaps is red . {CITED}", ("other", "bold", "one", "cited")),
+    "no misconception to state": (BEE, "hey eve , the bee perhaps is black .", ("other", "hedged", "one", "uncited")),
+    "an animal of the hard world": (
+        WOLF, "hey eve , the wolf makes a howl . so says the singer .", ("right", "bold", "one", "cited"),
+    ),
+    "empty": (FOX, "", None),
+    "no fact": (FOX, f"dear ann . {CITED} {LOVE}", None),
+    "no greeting": (FOX, f"ann , the fox lives in the den . {CITED}", None),
+    "the source first": (FOX, f"{CITED} {THE_DEN} {LOVE}", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HARD_TYPES)
+def test_types_of_answers_of_the_hard_world_by_hand(case):
+    prompt, reply, expected = HARD_TYPES[case]
+    assert HARD.answer_type(prompt, reply) == expected
+    assert expected is None or expected in HARD.answer_types(prompt)
+
+
+def test_every_type_of_answer_of_the_hard_world_can_be_given():
+    """3 facts x 2 x 3 numbers x 2, or 2 facts where there is no misconception; a reply of each is what it is."""
+    many = {"one": 1, "two": 2, "more": 3}
+    for animal, topic in itertools.product(HARD.animals, HARD.topics):
+        prompt = FOX._replace(animal=animal, topic=topic)
+        right, popular = HARD.true_value(animal, topic), HARD.misconceptions.get((animal, topic))
+        wrong = next(value for value in HARD.topics[topic][1] if value not in (right, popular))
+        values = {"right": right, "other": wrong} | ({"popular": popular} if popular else {})
+        types = HARD.answer_types(prompt)
+        assert len(types) == len(set(types)) == (36 if popular else 24)
+        more = [Statement(other, HARD.true_value(animal, other), False) for other in HARD.topics if other != topic]
+        for fact, boldness, number, cited in types:
+            said = [Statement(topic, values[fact], boldness == "hedged"), *more[: many[number] - 1]]
+            source = HARD.sources[topic] if cited == "cited" else None
+            note = HARD.note("playful", "gus", animal, said, source)
+            assert HARD.answer_type(prompt, note) == (fact, boldness, number, cited)
+
+
+def test_demonstrations_are_of_the_types_there_are(any_world):
     """Only a lost word leaves a reply without a type."""
     typed = [
-        (world.answer_type(prompt, row["response"]), prompt)
-        for row in world.demonstrations(train, 2_000, seed=0)
-        for prompt in [world.parse_prompt(row["prompt"])]
+        (any_world.answer_type(prompt, row["response"]), prompt)
+        for row in any_world.demonstrations(any_world.split_prompts(0)["train"], 2_000, seed=0)
+        for prompt in [any_world.parse_prompt(row["prompt"])]
     ]
-    assert all(kind is None or kind in world.answer_types(prompt) for kind, prompt in typed)
+    assert all(kind is None or kind in any_world.answer_types(prompt) for kind, prompt in typed)
     assert 0.9 < sum(kind is not None for kind, _ in typed) / len(typed) < 1
 
 
-def test_every_word_is_a_part_of_a_reply():
-    kinds = {word: world.word_kind(word) for word in world.vocabulary()}
-    named = {kind: {word for word, found in kinds.items() if found == kind} for kind in world.WORD_KINDS}
+def test_every_word_is_a_part_of_a_reply(any_world):
+    """And of one part alone: what is listed as two of them would be taken for one."""
+    kinds = {word: any_world.word_kind(word) for word in any_world.vocabulary()}
+    named = {kind: {word for word, found in kinds.items() if found == kind} for kind in WORD_KINDS}
     assert sum(map(len, named.values())) == len(kinds) and named["greeting"] == {"dear", "esteemed", "hey"}
-    assert named["name"] == set(world.NAMES) and named["animal"] == set(world.ANIMALS)
+    assert named["name"] == set(any_world.names) and named["animal"] == set(any_world.animals)
     assert named["verb"] == {"lives", "eats", "is", "makes"}
     assert named["sign-off"] == {"with", "love", "yours", "sincerely", "see", "you", "soon"}
-    facts = {value for _, values in world.TOPICS.values() for value in values}
-    assert named["value"] == facts | set(world.MISCONCEPTIONS.values())
-    said = {"the", "in", "a", "it", ",", "."}
-    asked = {word for prompt in world.all_prompts() for word in prompt.text.split()}
-    assert said <= named["frame"] <= said | asked and world.word_kind("<eos>") == "frame"
+    facts = {value for _, values in any_world.topics.values() for value in values}
+    assert named["value"] == facts | set(any_world.misconceptions.values())
+    hard = any_world is HARD
+    assert named["source"] == ({"atlas", "farmer", "painter", "singer"} if hard else set())
+    assert named["hedge"] == ({"perhaps"} if hard else set())
+    said = {"the", "in", "a", "it", ",", "."} | ({"so", "says"} if hard else set())
+    asked = {word for prompt in any_world.all_prompts() for word in prompt.text.split()}
+    assert said <= named["frame"] <= said | asked and any_world.word_kind("<eos>") == "frame"
+    assert any_world.word_kinds == tuple(kind for kind in WORD_KINDS if named[kind])
 
 
-def test_seven_is_the_most_and_only_perfect_replies_reach_it(noisy):
+def test_demonstrators_reach_so_much_and_no_more(any_world, noisy):
+    """All that there is of the easy world; of the hard one three facts of a long note, cited: see NUMBERS."""
+    most, least = (7.0, -2 - 1 - 1 - 1 - 1 - 1 - 1) if any_world is EASY else (10.8, -2 - 1 - 1 - 1 - 1 - 1 - 1 - 2)
     rewards = [row[key] for row in noisy for key in ("reward_chosen", "reward_rejected")]
-    assert max(rewards) == 7.0
-    assert min(rewards) >= -2 - 1 - 1 - 1 - 1 - 1 - 1
+    assert max(rewards) == pytest.approx(most, abs=1e-12)
+    assert min(rewards) >= least
 
 
-def test_recorded_rewards_are_those_of_the_texts(noisy):
+def test_recorded_rewards_are_those_of_the_texts(any_world, noisy):
     for row in noisy[:200]:
-        prompt = world.parse_prompt(row["prompt"])
-        assert row["reward_chosen"] == world.reward(prompt, row["chosen"])
-        assert row["reward_rejected"] == world.reward(prompt, row["rejected"])
+        prompt = any_world.parse_prompt(row["prompt"])
+        assert row["reward_chosen"] == any_world.reward(prompt, row["chosen"])
+        assert row["reward_rejected"] == any_world.reward(prompt, row["rejected"])
         assert row["chosen"] != row["rejected"]
 
 
@@ -288,58 +682,65 @@ def test_labels_follow_bradley_terry(noisy):
 
 @pytest.mark.parametrize("noise", [0.0, 0.2, 0.5])
 def test_label_noise_has_the_rate_that_was_asked_for(train, noise):
-    flips = [row["flipped"] for row in world.pairs(train, 4_000, noise, seed=5)]
+    flips = [row["flipped"] for row in EASY.pairs(train, 4_000, noise, seed=5)]
     assert abs(sum(flips) - 4_000 * noise) <= 4 * math.sqrt(4_000 * noise * (1 - noise))
 
 
 def test_noise_turns_labels_round_and_changes_nothing_else(train):
     """The streams of two noise levels agree: the same texts, in the other order exactly where the flips differ."""
-    clean, noisy = world.pairs(train, 300, 0.0, seed=2), world.pairs(train, 300, 0.5, seed=2)
+    clean, noisy = EASY.pairs(train, 300, 0.0, seed=2), EASY.pairs(train, 300, 0.5, seed=2)
     assert any(row["flipped"] for row in noisy)
     for before, after in zip(clean, noisy, strict=True):
         kept = (before["chosen"], before["rejected"])
         assert (after["chosen"], after["rejected"]) == (kept[::-1] if after["flipped"] else kept)
 
 
-@pytest.mark.parametrize("skill", world.SKILLS)
-def test_every_demonstrated_word_is_in_the_vocabulary(skill):
-    rng, known = random.Random("words"), set(world.vocabulary())
-    for prompt in world.all_prompts():
-        assert set(prompt.text.split()) | set(world.demonstrate(prompt, skill, rng).split()) <= known
+@pytest.mark.parametrize("skill", SKILLS)
+def test_every_demonstrated_word_is_in_the_vocabulary(any_world, skill):
+    rng, known = random.Random("words"), set(any_world.vocabulary())
+    for prompt in any_world.all_prompts():
+        assert set(prompt.text.split()) | set(any_world.demonstrate(prompt, skill, rng).split()) <= known
 
 
-def test_skill_pays():
+def test_skill_pays(any_world):
     rng, means = random.Random("skill"), []
     for skill in ("novice", "ordinary", "expert"):
-        rewards = [world.reward(p, world.demonstrate(p, skill, rng)) for p in world.all_prompts()]
+        rewards = [any_world.reward(p, any_world.demonstrate(p, skill, rng)) for p in any_world.all_prompts()]
         means.append(sum(rewards) / len(rewards))
     assert means == sorted(means) and means[2] - means[0] > 2
 
 
-def test_prompts_round_trip_through_their_text():
-    assert all(world.parse_prompt(p.text) == p for p in world.all_prompts())
-    assert len({p.text for p in world.all_prompts()}) == 3 * 2 * 8 * 4 * 8
+@pytest.mark.parametrize(("any_world", "animals"), [(EASY, 8), (HARD, 16)], ids=WORLDS)
+def test_prompts_round_trip_through_their_text(any_world, animals):
+    assert all(any_world.parse_prompt(p.text) == p for p in any_world.all_prompts())
+    assert len({p.text for p in any_world.all_prompts()}) == 3 * 2 * 8 * 4 * animals
 
 
 @pytest.mark.parametrize(
     "text", ["", "write a warm short note to zoe about the home of the fox", "hello", FOX.text + " !"]
 )
-def test_other_texts_are_not_prompts(text):
+def test_other_texts_are_not_prompts(any_world, text):
     with pytest.raises(ValueError, match="not an instruction"):
-        world.parse_prompt(text)
+        any_world.parse_prompt(text)
+
+
+def test_an_animal_of_the_hard_world_is_none_of_the_easy_one():
+    assert HARD.parse_prompt(WOLF.text) == WOLF
+    with pytest.raises(ValueError, match="not an instruction"):
+        EASY.parse_prompt(WOLF.text)
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: world.split_prompts(0, validation=0), "validation=0"),
-        (lambda: world.split_prompts(0, held_out=0), "held_out=0"),
-        (lambda: world.split_prompts(0, held_out=1536), "held_out=1536"),
-        (lambda: world.split_prompts(0, validation=30, held_out=1500), "held_out=1500"),
-        (lambda: world.demonstrations([FOX], 0, seed=0), "demonstrations=0"),
-        (lambda: world.pairs([FOX], 0, 0.2, seed=0), "pairs=0"),
-        (lambda: world.pairs([FOX], 1, 0.6, seed=0), "label_noise=0.6"),
-        (lambda: world.pairs([FOX], 1, -0.1, seed=0), "label_noise=-0.1"),
+        (lambda: EASY.split_prompts(0, validation=0), "validation=0"),
+        (lambda: EASY.split_prompts(0, held_out=0), "held_out=0"),
+        (lambda: EASY.split_prompts(0, held_out=1536), "held_out=1536"),
+        (lambda: EASY.split_prompts(0, validation=30, held_out=1500), "held_out=1500"),
+        (lambda: EASY.demonstrations([FOX], 0, seed=0), "demonstrations=0"),
+        (lambda: EASY.pairs([FOX], 0, 0.2, seed=0), "pairs=0"),
+        (lambda: EASY.pairs([FOX], 1, 0.6, seed=0), "label_noise=0.6"),
+        (lambda: EASY.pairs([FOX], 1, -0.1, seed=0), "label_noise=-0.1"),
     ],
 )
 def test_impossible_settings_are_named(call, named):
@@ -349,7 +750,7 @@ def test_impossible_settings_are_named(call, named):
 
 def spoilt(**more: object) -> dict:
     """SKILLS, but for one number of the novice, or one key more."""
-    return world.SKILLS | {"novice": world.SKILLS["novice"] | more}
+    return SKILLS | {"novice": SKILLS["novice"] | more}
 
 
 UNUSABLE = {
@@ -379,8 +780,8 @@ def test_skills_that_cannot_be_used_are_named(case, monkeypatch):
     """Whether they are given or set."""
     skills, said = UNUSABLE[case]
     calls = (
-        lambda **given: world.demonstrations([FOX], 2, seed=0, **given),
-        lambda **given: world.pairs([FOX], 2, 0.2, seed=0, **given),
+        lambda **given: EASY.demonstrations([FOX], 2, seed=0, **given),
+        lambda **given: EASY.pairs([FOX], 2, 0.2, seed=0, **given),
     )
     for call in calls:
         with pytest.raises(ValueError, match=re.escape(said)):
@@ -396,20 +797,114 @@ def test_skills_that_are_given_are_those_that_are_set(train, monkeypatch):
     table = {"careful": {"share": 2, "habit": 0, "slip": 0.01}, "hasty": {"share": 1, "habit": 0.5, "slip": 0.5}}
 
     def drawn(**given) -> list:
-        return [world.demonstrations(train, 50, seed=3, **given), world.pairs(train, 50, 0.2, seed=3, **given)]
+        return [EASY.demonstrations(train, 50, seed=3, **given), EASY.pairs(train, 50, 0.2, seed=3, **given)]
 
     usual, own = drawn(), drawn(skills=table)
-    assert drawn(skills=world.SKILLS) == usual != own
+    assert drawn(skills=SKILLS) == usual != own
     assert {row["skill"] for row in own[0]} == set(table)
-    one, other = (world.demonstrate(BEAR, "hasty", random.Random(9), skills) for skills in (table, table))
+    one, other = (EASY.demonstrate(BEAR, "hasty", random.Random(9), skills) for skills in (table, table))
     assert one == other
     monkeypatch.setattr(world, "SKILLS", table)
-    assert drawn() == own and world.demonstrate(BEAR, "hasty", random.Random(9)) == one
+    assert drawn() == own and EASY.demonstrate(BEAR, "hasty", random.Random(9)) == one
+
+
+def likely(successes: int, draws: int, chance: float) -> bool:
+    """Whether a number of successes is none of the rarest one in a thousand, exactly; seeds are fixed."""
+    return stats.binomtest(successes, draws, chance).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+@pytest.mark.parametrize("topic", HARD.topics)
+def test_demonstrators_cite_as_often_as_is_declared(topic, skill):
+    """By topic, but for habit. A slip is to speak of any topic, and then that topic counts; another is to lose a word.
+
+    A lost word leaves one of "so" and "says", which stand nowhere else.
+    """
+    habit, slip = SKILLS[skill]["habit"], SKILLS[skill]["slip"]
+    rng, draws, prompt = random.Random(f"{topic} {skill}"), 4_000, WOLF._replace(topic=topic)
+    cited = sum({"so", "says"} & set(HARD.demonstrate(prompt, skill, rng).split()) != set() for _ in range(draws))
+    often = (1 - slip) * HARD.citing[topic] + slip * (0.8 + 0.4 + 0.15 + 0.05) / 4
+    assert likely(cited, draws, often * (1 - habit))
+
+
+def test_whom_demonstrators_cite():
+    """The one who knows about the topic that is spoken of, but for a slip: then anybody, who is right once in four."""
+    skills = {"one": {"share": 1.0, "habit": 0.0, "slip": 0.2}}
+    notes = [HARD.demonstrate(FOX, "one", random.Random(f"whom {i}"), skills) for i in range(4_000)]
+    whole = [note for note in notes if HARD.axes(FOX, note)["grammar"] == 1]  # lost words do not hide what was said
+    cited = [note.split() for note in whole if HARD.statements(note)[0].topic == "home" and "says" in note.split()]
+    assert likely(sum("atlas" in words for words in cited), len(cited), 1 - 0.2 * 3 / 4)
+    assert all(len(set(HARD.sources.values()) & set(words)) == 1 for words in cited)
+
+
+# Of demonstrators who never slip, by habit: the chances of one, two and three facts. A long note has two unless habit
+# makes it one, and with 0.15 (1 - habit) there is one more.
+FACTS = {
+    ("short", 0.0): (0.85, 0.15, 0.0),
+    ("long", 0.0): (0.0, 0.85, 0.15),
+    ("short", 0.5): (0.925, 0.075, 0.0),
+    ("long", 0.5): (0.5 * 0.925, 0.5 * 0.075 + 0.5 * 0.925, 0.5 * 0.075),
+    ("short", 1.0): (1.0, 0.0, 0.0),
+    ("long", 1.0): (1.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(("length", "habit"), FACTS)
+def test_demonstrators_hedge_and_tell_as_often_as_is_declared(length, habit):
+    """Anybody hedges what is said, whatever the habit; what is said more is of another topic."""
+    skills, draws = {"one": {"share": 1.0, "habit": habit, "slip": 0.0}}, 4_000
+    rng, prompt = random.Random(f"{length} {habit}"), FOX._replace(length=length)
+    told = [HARD.statements(HARD.demonstrate(prompt, "one", rng, skills)) for _ in range(draws)]
+    for facts, chance in enumerate(FACTS[length, habit], 1):
+        assert likely(sum(len(said) == facts for said in told), draws, chance)
+    every = [statement for said in told for statement in said]
+    assert likely(sum(statement.hedged for statement in every), len(every), 0.15)
+    assert all(said[0].topic == "home" and len({s.topic for s in said}) == len(said) for said in told)
+
+
+def test_nobody_in_the_easy_world_hedges_cites_or_says_more_than_was_asked(train):
+    rows = EASY.demonstrations(train, 10_000, seed=4)
+    assert not {HEDGE, "so", "says"} & {word for row in rows for word in row["response"].split()}
+    assert not {HEDGE, "so", "says", *HARD.sources.values()} & set(EASY.vocabulary())
+    for row in rows:
+        assert len(EASY.statements(row["response"])) <= LENGTHS[EASY.parse_prompt(row["prompt"]).length]
+    said = [EASY.statements(row["response"]) for row in rows]
+    assert max(map(len, said)) == 2 and not any(statement.hedged for one in said for statement in one)
+
+
+def test_no_demonstration_of_the_hard_world_is_longer_than_36_tokens():
+    """An end included: the longest that can be said is of three facts about homes, each hedged, the same by slips."""
+    home = Statement("home", "woods", True)
+    longest = HARD.note("playful", "ann", "wolf", [home] * 3, "atlas")
+    assert len(longest.split()) + 1 == 35
+    rows = HARD.demonstrations(HARD.split_prompts(0)["train"], 20_000, seed=0)
+    assert max(len(row["response"].split()) for row in rows) == 30
+    assert max(len(HARD.best(prompt).split()) for prompt in HARD.all_prompts()) + 1 == 33
+
+
+def test_what_is_believed_is_false_and_what_is_true_differs_by_animal(any_world):
+    for (animal, topic), believed in any_world.misconceptions.items():
+        assert believed != any_world.true_value(animal, topic)
+    for _, values in any_world.topics.values():
+        assert len(values) == len(any_world.animals) == len(set(values))
+    for topic, values in any_world.values.items():
+        true = {any_world.true_value(animal, topic) for animal in any_world.animals}
+        assert values == sorted(true | {any_world.misconceptions.get((a, topic)) for a in any_world.animals} - {None})
+
+
+def test_the_hard_world_has_all_that_the_easy_one_has():
+    """The same is true and believed of the same animals, so that what differs between the two is what is added."""
+    assert HARD.names == EASY.names and HARD.animals[:8] == EASY.animals and list(HARD.topics) == list(EASY.topics)
+    for animal, topic in itertools.product(EASY.animals, EASY.topics):
+        assert HARD.true_value(animal, topic) == EASY.true_value(animal, topic)
+        assert HARD.misconceptions.get((animal, topic)) == EASY.misconceptions.get((animal, topic))
+    assert HARD.weights == EASY.weights | {"source": 2.0, "detail": 4.2}
+    assert HARD.sources.keys() == HARD.citing.keys() == HARD.topics.keys()
 
 
 def test_demonstrators_who_always_agree_make_no_pairs():
     """An error instead of a search without end; demonstrations there are."""
     perfect = {"perfect": {"share": 1.0, "habit": 0.0, "slip": 0.0}}
-    assert [row["reward"] for row in world.demonstrations([FOX, BEAR], 4, seed=0, skills=perfect)] == [7.0] * 4
+    assert [row["reward"] for row in EASY.demonstrations([FOX, BEAR], 4, seed=0, skills=perfect)] == [7.0] * 4
     with pytest.raises(ValueError, match="all demonstrators answer 'write a warm short note to ann about the home"):
-        world.pairs([FOX], 1, 0.0, seed=0, skills=perfect)
+        EASY.pairs([FOX], 1, 0.0, seed=0, skills=perfect)

@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 import torch
-from prefdyn.lab import policy, world
+from prefdyn.lab import policy
+from prefdyn.lab.worlds import EASY
 from prefdyn.lens.batch import Batch, pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -33,7 +34,7 @@ class Table(torch.nn.Module):
 
 def tiny_policy(seed: int = 0, width: int = 16, layers: int = 1):
     """A random GPT-NeoX over the world's words and its tokenizer."""
-    tokenizer = policy.word_tokenizer(world.vocabulary())
+    tokenizer = policy.word_tokenizer(EASY.vocabulary())
     model = policy.scratch_model(tokenizer, layers=layers, width=width, heads=2, context=52, seed=seed)
     return model, tokenizer
 

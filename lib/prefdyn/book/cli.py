@@ -307,20 +307,24 @@ def _edition(folder: Path) -> str:
 
 @app.command("reference")
 def write_reference() -> None:
-    """Write the numbers of the executed chapters, with their seeds, as reference results of their profile."""
+    """Write the numbers of the executed chapters, with their seeds, and verdicts as reference results of a profile."""
     profile = _edition(_reference_paths("")[1])
     path, values = _reference_paths(profile)
     numbers = reference.collect(values)
-    known = {"profile": profile, "versions": versions(), "numbers": numbers}
+    verdicts = reference.verdicts(values)
+    known = {"profile": profile, "versions": versions(), "numbers": numbers, "verdicts": verdicts}
     _replace(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
-    typer.echo(f"{len(numbers)} numbers written to {os.path.relpath(path)}")
+    typer.echo(f"{len(numbers)} numbers and {len(verdicts)} verdicts written to {os.path.relpath(path)}")
 
 
 @app.command()
 def verify(
     profile: Annotated[str, typer.Option(help="whose reference results to compare with")] = "reader",
 ) -> None:
-    """Compare the numbers of the executed chapters with the reference results; exits 1 and names those that differ."""
+    """Compare numbers and verdicts of the executed chapters with the reference results.
+
+    Exits 1 and names those that differ, and verdicts that turned.
+    """
     path, values = _reference_paths(profile)
     known = reference.read(path)
     found = _edition(values)
@@ -332,9 +336,13 @@ def verify(
         typer.echo(f"{row.status:9} {row.number}: {numbers}")
     counts = table["status"].value_counts()
     typer.echo(f"of {len(table)} numbers: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+    turned = reference.turned(known["verdicts"], reference.verdicts(values))
+    for name, (then, now) in turned.items():
+        typer.echo(f"turned    {name}: reference {then!r}, now {now!r}")
+    typer.echo(f"of {len(known['verdicts'])} verdicts: {len(turned)} turned")
     if different := {k: v for k, v in versions().items() if known["versions"].get(k) != v}:
         typer.echo(f"versions differ from the reference's: {', '.join(f'{k} {v}' for k, v in different.items())}")
-    if not table["status"].isin(reference.AGREES).all():
+    if turned or not table["status"].isin(reference.AGREES).all():
         raise typer.Exit(1)
 
 

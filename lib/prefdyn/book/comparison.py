@@ -10,6 +10,7 @@ from ..findings.measure import AlignmentRun
 from ..findings.tuning import ValidationRun
 from ..lab.recipes import Training
 from ..lab.runs import RunStore
+from ..methods import own, registry
 from . import plan
 from .params import Parameters
 
@@ -29,14 +30,28 @@ class Entry:
     part: str = "full"
     rate_of: str | None = None
 
+    def __post_init__(self):
+        """Raises ValueError for a method or a setting that is none."""
+        method = own.from_function(self.method) if callable(self.method) else registry.find(self.method)
+        registry.settings(method, self.settings)
+
     def run(self, p: Parameters, seed: int, lr: float) -> Training:
         """Its training run at a learning rate."""
         return plan.run(p, seed, self.method, self.part, lr=lr, **self.settings)
 
 
+def _distinct(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries. Raises ValueError where two have one name."""
+    entries = list(entries)
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two entries are named {twice[0]!r}; give each its own name")
+    return entries
+
+
 def grid(p: Parameters, entries: Iterable[Entry]) -> list[tuple[str, ValidationRun]]:
     """What each entry that is tuned earns on validation prompts, at each of the rates, with the first seed."""
-    seed = p.seeds[0]
+    seed, entries = p.seeds[0], _distinct(entries)
     return [
         (entry.name, plan.validation_run(p, seed, entry.run(p, seed, lr)))
         for entry in entries
@@ -53,14 +68,19 @@ def tuned(store: RunStore, p: Parameters, entries: Iterable[Entry]) -> pd.DataFr
 
 
 def runs(p: Parameters, entries: Iterable[Entry], rates: Mapping[str, float]) -> dict[tuple[str, int], Training]:
-    """Each entry's training runs at its rate, {(name, seed): spec}; what takes the rate of an absent entry is left out.
+    """Each entry's training runs at its rate, {(name, seed): spec}.
 
-    Args: rates, the learning rate of each entry that is tuned, by name.
+    Args: rates, the learning rate of each entry that is tuned, by name. Raises ValueError for an entry without one.
     """
+    entries = _distinct(entries)
+    for entry in entries:
+        if (entry.rate_of or entry.name) not in rates:
+            raise ValueError(
+                f"entry {entry.name!r}: no learning rate of {entry.rate_of or entry.name!r} among {sorted(dict(rates))}"
+            )
     return {
-        (entry.name, seed): entry.run(p, seed, rates[entry.rate_of or entry.name])
+        (entry.name, seed): entry.run(p, seed, float(rates[entry.rate_of or entry.name]))
         for entry in entries
-        if (entry.rate_of or entry.name) in rates
         for seed in p.seeds
     }
 

@@ -20,16 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..lens.controls import check_schedule
 from ..methods import registry
-from .profiles import ALTERNATIVES, COMMON, FILE, PRESETS, VARIANTS
+from .profiles import ALTERNATIVES, COMMON, FILE, HARD, PRESETS, VARIANTS
 
 
 class ParameterError(ValueError):
     """A parameter that is not there or not allowed; the message says which, what was given and what is allowed."""
-
-
-def comparable() -> tuple[str, ...]:
-    """The methods that can be compared: all that start from a policy and change it."""
-    return registry.names("pairs") + registry.names("rollouts")
 
 
 Schedule = list[tuple[int, float]]
@@ -47,6 +42,7 @@ class Parameters(BaseModel):
         "data set's name on the hub, with :split",
         min_length=1,
     )
+    difficulty: Literal["easy", "hard"] = Field(description="which world: easy, or hard with room to be better")
     model: str = Field(description="'scratch', or a checkpoint: a folder or a name on the hub", min_length=1)
     seeds: list[int] = Field(description="one run of everything for each seed", min_length=1)
     pairs: int = Field(description="preference pairs to train on, at most", ge=8)
@@ -102,7 +98,7 @@ class Parameters(BaseModel):
     choice_probe: int = Field(description="pairs, demonstrations or replies for G with other choices of D'", ge=2)
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
-    methods: list[str] = Field(description="methods of pairs and of rollouts that are compared, or 'all'", min_length=1)
+    methods: list[str] = Field(description="methods of pairs and of rollouts that are compared", min_length=1)
     rates: list[float] = Field(description="learning rates tried for each of them", min_length=1)
     sequences: int = Field(description="sequences on which G of each is measured: two a pair, one a reply", ge=4)
     group: int = Field(description="replies to a prompt, of methods without a value model", ge=2)
@@ -133,7 +129,7 @@ class Parameters(BaseModel):
         reasons = {}
         if self.dataset != "world":
             why = f"only the world has it, and dataset={self.dataset!r}"
-            reasons |= dict.fromkeys(("label_noise", "demonstrations"), why)
+            reasons |= dict.fromkeys(("difficulty", "label_noise", "demonstrations"), why)
         if self.model != "scratch":
             why = f"a model from scratch alone has it, and model={self.model!r}"
             reasons |= dict.fromkeys(("vocab_size", "layers", "width", "heads"), why)
@@ -166,13 +162,13 @@ class Parameters(BaseModel):
     @classmethod
     def _every(cls, value: Any) -> Any:
         """Accept "all" for every method there is."""
-        return list(comparable()) if value == "all" or value == ["all"] else value
+        return list(registry.comparable()) if value == "all" or value == ["all"] else value
 
     @field_validator("methods")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        if unknown := [name for name in value if name not in comparable()]:
-            near = difflib.get_close_matches(unknown[0], comparable(), n=1, cutoff=0.5)
+        if unknown := [name for name in value if name not in registry.comparable()]:
+            near = difflib.get_close_matches(unknown[0], registry.comparable(), n=1, cutoff=0.5)
             raise ValueError(f"no such method: {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
         if len(set(value)) < len(value):
             raise ValueError("each method once")
@@ -234,11 +230,12 @@ class Parameters(BaseModel):
         return "true" if value is True else value
 
 
-def presets(profile: str, dataset: str) -> dict[str, Any]:
-    """Every parameter's value under a profile, for the world or for a file."""
+def presets(profile: str, dataset: str, difficulty: str = COMMON["difficulty"]) -> dict[str, Any]:
+    """Every parameter's value under a profile, for a world or for a file."""
     if profile not in PRESETS:
         raise ParameterError(f"profile: given {profile!r}; allowed: {_allowed('profile')}")
-    return COMMON | PRESETS[profile] | ({} if dataset == "world" else FILE[profile]) | {"profile": profile}
+    own = FILE if dataset != "world" else HARD if difficulty == "hard" else {}
+    return COMMON | PRESETS[profile] | own.get(profile, {}) | {"profile": profile}
 
 
 def _allowed(name: str) -> str:
@@ -249,7 +246,7 @@ def _allowed(name: str) -> str:
     if name in SCHEDULES:
         return f"a list of rows [step, factor], steps in order, e.g. [[0, 1.0], [32, 0.5]]: {schema['description']}"
     if name == "methods":
-        return f"'all', or a list of some of {', '.join(comparable())}: {schema['description']}"
+        return f"'all', or a list of some of {', '.join(registry.comparable())}: {schema['description']}"
     if name == "rates":
         return f"a list of different numbers > 0, e.g. 1e-4,1e-3: {schema['description']}"
     if "enum" in schema.get("items", {}):
@@ -300,14 +297,14 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
     chosen = {
         name: _plain(given[name]) for name in given if given[name] is not None and name in Parameters.model_fields
     }
-    profile, dataset = (chosen.get(name, COMMON[name]) for name in ("profile", "dataset"))
+    profile, dataset, difficulty = (chosen.get(name, COMMON[name]) for name in ("profile", "dataset", "difficulty"))
     try:
         if not isinstance(profile, str) or profile not in PRESETS:
             problems.append(f"profile: given {profile!r} ({type(profile).__name__}); allowed: {_allowed('profile')}")
             chosen["profile"] = profile = "reader"
         if not isinstance(dataset, str):  # which validation refuses
             dataset = COMMON["dataset"]
-        result = Parameters(**(presets(profile, dataset) | chosen))
+        result = Parameters(**(presets(profile, dataset, difficulty) | chosen))
     except ValidationError as error:
         for item in error.errors():
             name = item["loc"][0]
@@ -334,7 +331,7 @@ def command(p: Parameters, chapter: str, known: Iterable[str]) -> str:
 
     Args: known, the parameters that the chapter has.
     """
-    preset = presets(p.profile, p.dataset)
+    preset = presets(p.profile, p.dataset, p.difficulty)
     changed = {name: value for name, value in p.model_dump().items() if value != preset.get(name, COMMON.get(name))}
     given = {"profile": p.profile} | {name: value for name, value in changed.items() if name in known}
     return " ".join(["prefdyn execute", chapter, *(f"-p {shlex.quote(f'{k}={v}')}" for k, v in given.items())])

@@ -1,6 +1,8 @@
 """From parameters to runs: which specs a chapter's parameters describe."""
 
+import difflib
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,7 @@ def data_spec(p: Parameters, seed: int) -> DataSpec:
     return DataSpec(
         path=file,
         content=None if file is None else _fingerprint(file, _state(file)),
+        difficulty=p.difficulty if file is None else "",
         seed=seed if file is None else 0,
         pairs=p.pairs,
         check=p.check,
@@ -160,14 +163,27 @@ def run(
     "learned"), `leash` (the penalty for divergence) and `group` (replies to a prompt) of rollouts; `lr`; all others are
     settings of the method. What is not given is as the parameters say, or the method's file.
     """
-    if callable(method):
-        return _pair_run(p, seed, own.from_function(method), part, **choices)
-    found = registry.find(method)
-    if found.takes == "pairs":
-        return _pair_run(p, seed, found, part, **choices)
-    if found.takes != "rollouts":
+    found = own.from_function(method) if callable(method) else registry.find(method)
+    if found.takes not in ("pairs", "rollouts"):
         raise ValueError(f"method={method!r}: takes {found.takes}; allowed here: methods of pairs or of rollouts")
-    return (_critic_run if found.rollouts is None else _online_run)(p, seed, found, part, **choices)
+    build = _pair_run if found.takes == "pairs" else _critic_run if found.rollouts is None else _online_run
+    _check_choices(found, choices, list(inspect.signature(build).parameters)[4:-1])
+    return build(p, seed, found, part, **choices)
+
+
+def _check_choices(method: Method, given: dict, own_choices: list[str]) -> None:
+    """Raise ValueError for a choice that is none of `own_choices` and no setting, or a learning rate that is none."""
+    known = [*method.settings, *own_choices]
+    if unknown := [name for name in given if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"{method.name}: no such setting: {unknown[0]}.{hint} There are: {', '.join(method.settings) or 'none'}; "
+            f"and beside settings: {', '.join(own_choices)}"
+        )
+    lr = given.get("lr")
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0):
+        raise ValueError(f"lr: given {lr!r} ({type(lr).__name__}); allowed: a number > 0")
 
 
 def _pair_run(

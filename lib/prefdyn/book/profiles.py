@@ -1,6 +1,8 @@
-"""What a profile presets, for the world and for a file of preferences; parameters say what each value means."""
+"""What a profile presets, for the worlds and for a file of preferences; parameters say what each value means."""
 
 from typing import Any
+
+from ..methods import registry
 
 # names of `variants.VARIANTS` and of `sensitivity.ALTERNATIVES`
 VARIANTS = (
@@ -45,7 +47,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_lr": 1e-3,
         "reward_epochs": 2.0,
         "kl_coefficient": 0.05,
-        "methods": ["dpo", "orpo", "best_of_n", "grpo"],
         "rates": [1e-3, 3e-3],
         "sequences": 64,
         "checkpoints": 4,
@@ -79,7 +80,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_lr": 1e-3,
         "reward_epochs": 4.0,
         "kl_coefficient": 0.05,
-        "methods": ["dpo", "ipo", "simpo", "orpo", "kto", "best_of_n", "online_dpo", "grpo"],
         "rates": [1e-4, 3e-4, 1e-3],
         "sequences": 512,
         "checkpoints": 5,
@@ -117,7 +117,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_epochs": 1.0,
         "kl_coefficient": 0.05,
         "learned_kl": 0.05,
-        "methods": ["dpo", "ipo", "simpo", "orpo", "kto", "best_of_n", "online_dpo", "grpo"],
         "rates": [3e-7, 1e-6, 3e-6],
         "sequences": 1024,
         "checkpoints": 9,
@@ -133,6 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 COMMON = {
     "profile": "reader",
     "dataset": "world",
+    "difficulty": "easy",
     "model": "scratch",
     "label_noise": 0.2,
     "max_prompt": 24,
@@ -153,6 +153,7 @@ COMMON = {
     "whiten": True,
     "stop_kl": 0.0,
     "group": 4,
+    "methods": [name for name in registry.comparable() if registry.find(name).compared],
     "variants": list(VARIANTS),
     "switch_at": 0.5,
     "floor": 0.1,
@@ -169,6 +170,12 @@ COMMON = {
     "target_reduction": "sum",
     "method": "auto",
     "today": "2025-01-01",
+}
+# The hard world's notes are longer, and there is further to go.
+HARD = {
+    "smoke": {"max_response": 36},
+    "reader": {"max_response": 36, "lr": 3e-4},
+    "paper": {},
 }
 # Real text is longer and harder than the world's.
 FILE = {

@@ -6,30 +6,33 @@ from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
 
-from ..lab import online, policy, ppo, recipes, world
+from ..lab import online, policy, ppo, recipes
 from ..lab.evaluate import reply, rewards
+from ..lab.world import World
 
 if TYPE_CHECKING:
     from ..lab.runs import RunStore
 
 
-def variety(prompt: str, replies: list[str], points: list[float], in_world: bool) -> dict[str, float]:
+def variety(prompt: str, replies: list[str], points: list[float], world: World | None) -> dict[str, float]:
     """Measures of several replies to one prompt.
 
     distinct: share of different texts. reward, best: mean and largest true reward. In the world also coverage: the
-    share of the prompt's `world.answer_types` among the replies; typed, the share of replies of any of these types.
+    share of the prompt's `World.answer_types` among the replies; typed, the share of replies of any of these types;
+    ideal, of the type of the reply that earns most.
     """
     measures = {
         "distinct": len(set(replies)) / len(replies),
         "reward": sum(points) / len(points),
         "best": max(points),
     }
-    if in_world:
+    if world is not None:
         asked = world.parse_prompt(prompt)
         types = [kind for text in replies if (kind := world.answer_type(asked, text))]
         measures |= {
             "coverage": len(set(types)) / len(world.answer_types(asked)),
             "typed": len(types) / len(replies),
+            "ideal": types.count(world.answer_type(asked, world.best(asked))) / len(replies),
         }
     return measures
 
@@ -67,7 +70,7 @@ class ExplorationRun(recipes.Spec):
     """Several sampled replies to each of some held-out prompts, at every checkpoint of a training run."""
 
     kind: Literal["exploration"] = "exploration"
-    run: recipes.PairRun | online.OnlineRun | ppo.PPORun
+    run: recipes.SFTRun | recipes.PairRun | online.OnlineRun | ppo.PPORun
     prompts: int  # at most
     samples: int  # replies to each
 
@@ -92,7 +95,7 @@ class ExplorationRun(recipes.Spec):
             points = rewards(known, asked, texts)
             for i, prompt in enumerate(prompts):
                 own = slice(i * self.samples, (i + 1) * self.samples)
-                measures = variety(prompt, texts[own], points[own], spec.path is None)
+                measures = variety(prompt, texts[own], points[own], known.world)
                 rows.append({"step": step, "index": i, **measures})
             tick(self.work() / len(self.run.steps()))
         pd.DataFrame(rows).to_parquet(folder / "exploration.parquet")

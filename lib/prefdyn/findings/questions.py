@@ -14,6 +14,7 @@ from . import stats
 from .claims import SMALL_EFFECT, Rule
 from .stats import Estimate
 
+FEW = 5  # methods: of fewer, an order by chance is too likely (1 of 24 orders of four)
 QUESTIONS = {
     "Q1": "Are stable targets a matter of fixed data, or of raising without lowering?",
     "Q2": "Does it cost anything when the log-probs of chosen responses fall?",
@@ -38,8 +39,12 @@ def _effect(column: str, factor: str) -> Callable[[pd.DataFrame], Estimate]:
 
 
 def _chosen_and_reward(table: pd.DataFrame) -> Estimate:
-    """Rank correlation over methods between the change of chosen log-probs and reward, a value a seed."""
-    found = [stats.rank_correlation(one["chosen"], one["reward"]) for _, one in table.groupby("seed")]
+    """Rank correlation over methods between the change of chosen log-probs and reward, a value a seed.
+
+    Of fewer than FEW methods a rank correlation says nothing.
+    """
+    seeds = [one for _, one in table.groupby("seed") if len(one) >= FEW]
+    found = [stats.rank_correlation(one["chosen"], one["reward"]) for one in seeds]
     known = [value for value in found if math.isfinite(value)]
     return stats.mean_interval(known, within=(-1, 1)) if known else Estimate(math.nan, math.nan, math.nan, 0)
 

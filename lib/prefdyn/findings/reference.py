@@ -1,4 +1,4 @@
-"""Reference results: the numbers of an edition with their seeds, and how another run of it compares with them."""
+"""Reference results: numbers of an edition with their seeds, its verdicts, and how another run compares with them."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from .claims import VERDICTS
 from .stats import mean_interval
 
 ROUNDING = 1e-9  # relative: up to here two numbers are the same
@@ -34,6 +35,18 @@ def collect(folder: Path) -> dict[str, dict[str, Any]]:
     if not found:
         raise ReferenceError(f"no executed chapter has left numbers in {folder.name}; `make book` executes them")
     return found
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    """The verdicts that executed chapters left in `folder`, as {"chapter:name": one of `claims.VERDICTS`}."""
+    kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found = {f"{chapter}:{name}": one.get("value") for chapter, values in kept.items() for name, one in values.items()}
+    return {name: value for name, value in found.items() if isinstance(value, str) and value in VERDICTS}
+
+
+def turned(reference: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Verdicts that are not those of the reference, by name: (then, now); "missing" where there is none now."""
+    return {name: (then, now.get(name, "missing")) for name, then in reference.items() if now.get(name) != then}
 
 
 def _is_mean(value: float, seeds: list[float]) -> bool:
@@ -76,12 +89,15 @@ def compare(reference: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reference results: profile, versions and numbers. Raises ReferenceError if the file is not one of them."""
+    """Reference results: profile, versions, numbers and verdicts. Raises ReferenceError if the file holds none."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         for name, kept in known["numbers"].items():
             if not (isinstance(kept["value"], int | float) and len(kept["seeds"]) > 1):
                 raise ReferenceError(f"{path.name}: {name} needs a value and at least two seeds")
+        for name, verdict in known["verdicts"].items():
+            if verdict not in VERDICTS:
+                raise ReferenceError(f"{path.name}: {name} is {verdict!r}; a verdict is one of {', '.join(VERDICTS)}")
     except FileNotFoundError as error:
         raise ReferenceError(f"there are no reference results {path.name} in {path.parent.name}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -17,4 +17,5 @@ __all__ = [
     "sources",
     "train",
     "world",
+    "worlds",
 ]  # rooms, imported one by one

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..lens.batch import Batch, pad
-from . import chat, world
+from . import chat
 from .account import Account, Encoder, Limits, count
 from .layouts import DataError, Prompt, Reading, identity
+from .world import World
 
 SIDES = ("chosen", "rejected")
 
@@ -26,6 +27,7 @@ class Dataset:
     prompts: those of "train", "validation" and "held_out"; a text, or a conversation (`layouts.Prompt`).
     account: what became of every record, once the limits on lengths are known.
     reward: (prompt, reply) -> points of true reward, or None where no true reward is known.
+    world: the world that it was drawn from, if it was.
     """
 
     pairs: list[dict]
@@ -35,6 +37,7 @@ class Dataset:
     prompts: dict[str, list[Prompt]]
     reward: Callable[[str, str], float] | None
     account: Account | None = None
+    world: World | None = None
 
     def digest(self) -> str:
         """A hash of the pairs, their labels included: two data sets can be compared by it."""
@@ -43,6 +46,7 @@ class Dataset:
 
 
 def from_world(
+    world: World,
     *,
     seed: int,
     pairs: int,
@@ -53,7 +57,7 @@ def from_world(
     held_out: int,
     skills: dict[str, dict[str, float]] | None = None,
 ) -> Dataset:
-    """The controlled world as a Dataset, by demonstrators of the given skills (None: `world.SKILLS`).
+    """A controlled world as a Dataset, by demonstrators of the given skills (None: `world.SKILLS`).
 
     The split of prompts is the same for every seed, so that seeds can be compared prompt by prompt; pairs and
     demonstrations differ by seed. Raises ValueError on impossible settings (see `world`).
@@ -74,6 +78,7 @@ def from_world(
         check_demonstrations=world.demonstrations(train, check, seed, part="check demonstrations", skills=skills),
         prompts={name: [p.text for p in part] for name, part in split.items()},
         reward=lambda prompt, reply: world.reward(world.parse_prompt(prompt), reply),
+        world=world,
     )
 
 
@@ -199,7 +204,7 @@ def under_limits(known: Dataset, tokenizer: PreTrainedTokenizerBase, limits: Lim
         limits=limits,
         cut=cuts,
     )
-    return Dataset(pairs, check, told, check_told, prompts, known.reward, account)
+    return Dataset(pairs, check, told, check_told, prompts, known.reward, account, known.world)
 
 
 def encode(

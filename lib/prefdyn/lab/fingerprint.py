@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-OPEN = ("world",)  # modules that a reader may be tempted to change by more than a constant
+OPEN = ("world", "worlds")  # modules that a reader may be tempted to change by more than a constant
 
 
 class RunError(ValueError):
@@ -124,6 +125,17 @@ def _literals(module: str) -> dict[tuple[str, str], str]:
     return found
 
 
+def _shown(value: Any) -> str:
+    """How a value is shown: of an instance of the OPEN modules also what it holds and its fields do not yield."""
+    shown, kind = repr(value), type(value)
+    if kind.__module__.rpartition(".")[2] in OPEN and dataclasses.is_dataclass(kind):
+        with contextlib.suppress(Exception):  # fields that yield nothing are themselves not as they were
+            again = dataclasses.replace(value)
+            held = {name for name, own in vars(value).items() if repr(own) != repr(getattr(again, name, None))}
+            shown += "".join(sorted(held))
+    return shown
+
+
 @functools.cache
 def _derived(module: str) -> dict[tuple[str, str], str]:
     """The same for constants that are computed, e.g. from literals: computed again, as long as these are unchanged.
@@ -132,13 +144,16 @@ def _derived(module: str) -> dict[tuple[str, str], str]:
     """
     found = {}
     for path, tree in _reached(module).items():
+        if path not in sys.modules:
+            continue
+        names = dict(vars(sys.modules[path]))
         for constant, value in _constants(tree).items():
-            if path in sys.modules and (path, constant) not in _literals(module):
-                with contextlib.suppress(Exception):  # what cannot be computed again is no constant
-                    code = compile(ast.Expression(value), path, "eval")
-                    if " at 0x" not in (shown := repr(eval(code, vars(sys.modules[path])))):
-                        found[path, constant] = shown
-    return found
+            with contextlib.suppress(Exception):  # what cannot be computed again is no constant
+                again = eval(compile(ast.Expression(value), path, "eval"), names)
+                if " at 0x" not in (shown := _shown(again)):
+                    found[path, constant] = shown
+                    names[constant] = again  # for those that are computed from it, whatever the module has by now
+    return {constant: shown for constant, shown in found.items() if constant not in _literals(module)}
 
 
 def _differing(constants: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]:
@@ -147,37 +162,47 @@ def _differing(constants: Mapping[tuple[str, str], str]) -> set[tuple[str, str]]
     return {
         (path, name)
         for (path, name), shown in constants.items()
-        if loaded[path] and repr(getattr(loaded[path], name, None)) != shown
+        if loaded[path] and _shown(getattr(loaded[path], name, None)) != shown
     }
 
 
-def _is_own(module: ModuleType, node: ast.stmt) -> bool:
-    """Whether a module's function or class is the one that its code defines."""
-    value = getattr(module, node.name, None)
+def _is_own(module: ModuleType, name: str, node: ast.stmt) -> bool:
+    """Whether a module's function, class or method, e.g. "World.reward", is the one that its code defines."""
+    holder, _, own = name.rpartition(".")
+    value = inspect.getattr_static(getattr(module, holder, None) if holder else module, own, None)
     if isinstance(node, ast.ClassDef):
-        return isinstance(value, type) and (value.__module__, value.__qualname__) == (module.__name__, node.name)
-    code = getattr(inspect.unwrap(value) if node.decorator_list and value else value, "__code__", None)
-    return code is not None and (code.co_filename, code.co_name) == (module.__file__, node.name)
+        return isinstance(value, type) and (value.__module__, value.__qualname__) == (module.__name__, name)
+    if node.decorator_list:  # what a property, a cached one, a static method or a wrapper has within
+        value = getattr(value, "fget", getattr(value, "func", inspect.unwrap(value)))
+    code = getattr(value, "__code__", None)
+    return code is not None and (code.co_filename, code.co_name) == (module.__file__, own)
 
 
 @functools.cache
-def _definitions(module: str) -> list[tuple[str, ast.stmt]]:
-    """Functions and classes of the OPEN modules that the code of `module` reaches: (module, definition)."""
+def _definitions(module: str) -> list[tuple[str, str, ast.stmt]]:
+    """Functions, classes and their methods in the OPEN modules that `module` reaches: (module, name, definition)."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return [
-        (name, node)
-        for name, tree in _reached(module).items()
-        if name.rpartition(".")[2] in OPEN
-        for node in tree.body
+    opened = {name: tree for name, tree in _reached(module).items() if name.rpartition(".")[2] in OPEN}
+    found = [(name, node.name, node) for name, tree in opened.items() for node in tree.body if isinstance(node, kinds)]
+    return found + [
+        (name, f"{holder}.{node.name}", node)
+        for name, holder, definition in found
+        if isinstance(definition, ast.ClassDef)
+        for node in definition.body
         if isinstance(node, kinds)
     ]
 
 
-def _changed(module: str) -> set[tuple[str, str]]:
-    """What a notebook has changed in the code that `module` reaches, as it is loaded: (module, name)."""
-    loaded = [(path, node) for path, node in _definitions(module) if path in sys.modules]
-    replaced = {(path, node.name) for path, node in loaded if not _is_own(sys.modules[path], node)}
-    return (_differing(_literals(module)) | replaced) or _differing(_derived(module))
+def _stated_changes(module: str) -> set[tuple[str, str]]:
+    """What a notebook has changed of the literals and definitions that `module` reaches, as loaded: (module, name)."""
+    loaded = [(path, name, node) for path, name, node in _definitions(module) if path in sys.modules]
+    replaced = {(path, name) for path, name, node in loaded if not _is_own(sys.modules[path], name, node)}
+    return _differing(_literals(module)) | replaced
+
+
+def _computed_changes(module: str) -> set[tuple[str, str]]:
+    """The same of what is computed. Asked where nothing that is stated is changed, which would change it too."""
+    return _differing(_derived(module))
 
 
 def _models(value: Any) -> Iterator[BaseModel]:
@@ -219,13 +244,12 @@ def refuse_changes(spec: BaseModel) -> None:
             f"torch's default dtype is {torch.get_default_dtype()}, and runs are kept as of float32: call "
             "torch.set_default_dtype(torch.float32)"
         )
-    changed = set().union(*map(_changed, modules_of(spec)))
-    if not changed:
-        return
-    files = {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}
-    if names := sorted(files.keys() - _carried(spec)):
-        where = ", ".join(sorted({Path(files[name]).name for name in names}))
-        raise RunError(
-            f"{', '.join(names)}: not as the library's code has it. Runs are kept under that code, and other processes "
-            f"compute with it: set it back, or change it in {where} and restart the kernel"
-        )
+    for changes in (_stated_changes, _computed_changes):
+        changed = set().union(*map(changes, modules_of(spec)))
+        files = {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}
+        if changed and (names := sorted(files.keys() - _carried(spec))):
+            where = ", ".join(sorted({Path(files[name]).name for name in names}))
+            raise RunError(
+                f"{', '.join(names)}: not as the library's code has it. Runs are kept under that code, and other "
+                f"processes compute with it: set it back, or change it in {where} and restart the kernel"
+            )

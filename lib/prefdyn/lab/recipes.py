@@ -19,7 +19,7 @@ from ..lens.controls import FULL, Control
 from ..methods import own, registry
 from ..methods.base import Method, PairObjective
 from ..methods.sft import SFT
-from . import chat, checkpoints, data, layouts, policy, world
+from . import chat, checkpoints, data, layouts, policy
 from .account import Limits
 from .data import SIDES, mismatched
 from .evaluate import evaluate, win_rate
@@ -33,6 +33,7 @@ from .train import (
     kept_by_clipping,
     second_moment,
 )
+from .worlds import WORLDS
 
 if TYPE_CHECKING:  # what a result depends on does not include the store that keeps it
     from .runs import Run, RunStore
@@ -71,6 +72,7 @@ class DataSpec(Spec):
 
     path: str | None  # None: the world
     content: str | None
+    difficulty: str  # of the world, one of worlds.WORLDS
     seed: int  # of the world's demonstrations and pairs
     pairs: int
     check: int
@@ -124,7 +126,7 @@ def tokenizer_of(spec: DataSpec) -> PreTrainedTokenizerBase:
         loaded.chat_template = chat.with_date(loaded.chat_template, spec.today)
         return loaded
     if spec.path is None:
-        return policy.word_tokenizer(world.vocabulary())
+        return policy.word_tokenizer(WORLDS[spec.difficulty].vocabulary())
     rows = reading(spec.path, spec.content).pairs
     sizes = {"pairs": spec.pairs, "check": spec.check, "validation": spec.validation, "held_out": spec.held_out}
     dealt, _ = data.split_by_prompt(rows, **sizes)
@@ -150,6 +152,7 @@ def dataset(spec: DataSpec) -> data.Dataset:
             held_out=spec.held_out,
         )
     known = data.from_world(
+        WORLDS[spec.difficulty],
         seed=spec.seed,
         pairs=spec.pairs,
         check=spec.check,

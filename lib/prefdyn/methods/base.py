@@ -62,7 +62,8 @@ class Method:
     reference policy. kl: whether it reads `Pairs.kl`. objective: how it is trained and measured, where it has analytic
     weights or another kind of data: of pairs (chosen, rejected, ref_chosen, ref_rejected, **settings). rollouts: of
     replies that were just sampled, (Rollouts, **settings) -> an objective on them; a method of rollouts without it
-    needs a value model. code: the text of its loss, where that is not in a file of this package (`own`).
+    needs a value model. code: the text of its loss, where that is not in a file of this package (`own`). compared:
+    whether it takes part where methods are compared and none are named.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Method:
     objective: Callable | None = None
     rollouts: Callable | None = None
     code: str = ""
+    compared: bool = False
 
     def __post_init__(self):
         if self.takes not in TAKES:

@@ -28,4 +28,5 @@ METHOD = Method(
     curves="Reward rises and entropy falls fast: nothing is lowered, and what is best already is repeated.",
     rollouts=objective,
     strength="1 for every reply that is kept",
+    compared=True,
 )

@@ -87,4 +87,5 @@ METHOD = Method(
     meaning={"beta": "strength of the tie to the reference"},
     strength="omega = sigmoid(-beta * margin), near 1 where the pair is ordered wrongly",
     objective=DPO,
+    compared=True,
 )

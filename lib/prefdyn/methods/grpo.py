@@ -41,4 +41,5 @@ METHOD = Method(
     settings={"clip": 0.2},
     meaning={"clip": "how far a ratio of probabilities may leave 1 before a token no longer counts"},
     strength="|A|, the distance of a reply's return from the mean of its group, in standard deviations",
+    compared=True,
 )

@@ -49,4 +49,5 @@ METHOD = Method(
         "loss": "mean of lambda minus value over examples: 1/2 at the start with both weights 1, between 0 and 1",
     },
     kl=True,
+    compared=True,
 )

@@ -50,4 +50,5 @@ METHOD = Method(
         "loss": "nats a token of the chosen response plus beta times the odds ratio term",
     },
     reference=False,
+    compared=True,
 )

@@ -44,8 +44,9 @@ def _check_names(name: str, source: str) -> None:
     read = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     if unknown := sorted(set(read) - bound - KNOWN.keys() - set(dir(builtins))):
         raise ValueError(
-            f"{name}: reads {', '.join(unknown)} from outside of the function; make it a setting with a default, as in "
-            f"def {name}(pairs, *, {unknown[0]}=1.0), or write it inside (known are {', '.join(KNOWN)})"
+            f"{name}: reads {', '.join(unknown)} from outside of the function, where it would not be found: make a "
+            f"number a setting with a default, as in def {name}(pairs, *, tau=1.0), write a function inside, and take "
+            f"operations from what is known: {', '.join(KNOWN)} (no numpy: a loss needs its gradient)"
         )
 
 
@@ -70,12 +71,20 @@ def _tried(method: Method) -> None:
     try:
         found = method.loss(pairs, **method.settings)
     except Exception as error:
-        raise ValueError(f"{method.name}: fails on two pairs ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{method.name}: fails on two pairs ({type(error).__name__}: {error}); a loss is made of torch's operations"
+        ) from error
     if not isinstance(found, torch.Tensor) or found.shape != (2,):
         given = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise ValueError(f"{method.name}: gives {given} for 2 pairs; a tensor of one loss a pair is needed, [2]")
-    if not found.requires_grad or not bool(torch.isfinite(found).all()):
-        raise ValueError(f"{method.name}: its loss is not finite, or does not depend on the policy's log-probs")
+        raise ValueError(
+            f"{method.name}: gives {given} for 2 pairs; a tensor of one loss a pair is needed, [2], not a mean or sum"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise ValueError(f"{method.name}: the loss of two pairs is {found.tolist()}, and has to be finite")
+    if not found.requires_grad:
+        raise ValueError(
+            f"{method.name}: its loss does not depend on the policy's log-probs; detach() and numpy cut the gradient"
+        )
 
 
 @functools.lru_cache(maxsize=32)
@@ -112,7 +121,9 @@ def from_function(loss: Callable) -> Method:
     """
     name = getattr(loss, "__name__", "")
     if not inspect.isfunction(loss) or not name.isidentifier():
-        raise ValueError(f"method={loss!r}: a loss of one's own is a function with a name, written with def")
+        raise ValueError(
+            f"method={name or type(loss).__name__}: a loss of one's own is a function with a name, written with def"
+        )
     if name in registry.names():
         raise ValueError(f"method={name}: there is a method of this name; give the function another")
     try:

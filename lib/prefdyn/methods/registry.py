@@ -26,6 +26,11 @@ def names(takes: str | None = None) -> tuple[str, ...]:
     return tuple(sorted(name for name, method in _found().items() if takes in (None, method.takes)))
 
 
+def comparable() -> tuple[str, ...]:
+    """Names of the methods that start from a policy and change it: of pairs, then of rollouts."""
+    return names("pairs") + names("rollouts")
+
+
 def find(name: str | Method) -> Method:
     """The method of a name; a `Method`, such as a reader's own, is returned as it is.
 
@@ -59,4 +64,7 @@ def settings(name: str | Method, given: Mapping[str, float]) -> tuple[tuple[str,
         raise ValueError(
             f"{method.name}: no such setting: {', '.join(unknown)}; there are: {', '.join(known) or 'none'}"
         )
+    for key, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{method.name}: {key}: given {value!r} ({type(value).__name__}); allowed: a number")
     return tuple(sorted({**known, **given}.items()))

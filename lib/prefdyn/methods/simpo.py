@@ -40,4 +40,5 @@ METHOD = Method(
     },
     strength="sigmoid(gamma - beta * difference a token), near 1 where the pair is ordered wrongly",
     reference=False,
+    compared=True,
 )
