@@ -296,6 +296,20 @@ def test_rows_keep_only_the_columns_that_they_use(side):
     assert [part.ids.shape for part in batch.chunks(2)] == [(2, 5), (1, 2)]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_pieces_hold_rows_of_like_length_and_say_where_they_belong(side):
+    batch = pad([[5, 6], [7], [4]], [[8], [9, 3, 2, 1], [1]], 0, side)
+    pieces = list(batch.pieces(2))
+    assert [part.ids.shape for _, part in pieces] == [(2, 3), (1, 5)]
+    assert equal(pieces[0][1], pad([[4], [5, 6]], [[1], [8]], 0, side))
+    for name in ("ids", "attention", "response"):
+        found = torch.zeros_like(getattr(batch, name))
+        for place, part in pieces:
+            assert torch.equal(getattr(batch, name)[place], getattr(part, name))
+            found[place] = getattr(part, name)
+        assert torch.equal(found, getattr(batch, name))
+
+
 def test_slices_keep_all_columns_and_concatenate_to_the_whole():
     batch = pad([[5, 6], [7], [4]], [[8], [9, 3, 2, 1], [1]], 0)
     parts = batch.slices(2)

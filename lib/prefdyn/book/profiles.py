@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward_epochs": 4.0,
         "kl_coefficient": 0.05,
         "rates": [1e-4, 3e-4, 1e-3],
-        "sequences": 512,
+        "sequences": 256,
         "checkpoints": 5,
         "probe": 1024,
         "ppo_probe": 512,

@@ -180,7 +180,8 @@ class AlignmentRun(recipes.Spec):
         all scores at no cost; without it one of the first rows is made, and checks theirs.
         """
         own, w = (batch, weights.w) if self.aware else (batch.slices(CHECKED)[0], weights.w[:CHECKED])
-        ascent = alignment.gradient(model, zip(own.slices(256), w.split(256), strict=True), settings["temperature"])
+        parts = ((part, w[place]) for place, part in own.pieces(256))
+        ascent = alignment.gradient(model, parts, settings["temperature"])
         alignment.check(f"step {step}", self.method, w, tuple(t[: len(own)] for t in scored), ascent, direction)
         if not self.aware:
             return torch.full_like(scored[1], torch.nan), {"cosine": np.nan, "cosine_opt": np.nan}

@@ -64,8 +64,9 @@ def block_gradients(
     for block in torch.arange(len(index), device=w.device).tensor_split(min(BLOCKS, len(index))):
         own = rows[:, block].flatten()
         part = batch.take(own)
-        parts = zip(part.slices(256), w[own].split(256), strict=True)
-        yield part, w[own], alignment.gradient(model, parts, objective.temperature)
+        part_w = w[own]
+        parts = ((rows, part_w[place]) for place, rows in part.pieces(256))
+        yield part, part_w, alignment.gradient(model, parts, objective.temperature)
 
 
 class TargetsRun(recipes.Spec):

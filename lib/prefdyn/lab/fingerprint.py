@@ -23,7 +23,14 @@ class RunError(ValueError):
     """Why runs cannot be kept or told apart, and what to do about it."""
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
+# By its text, so that what changes is parsed again and what does not, once: every kind of run reaches most modules.
+_parsed = functools.cache(ast.parse)
+
+
+@functools.cache
+def _shape(source: str) -> str:
+    """Code without comments, layout and docstrings."""
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
@@ -33,15 +40,17 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
                 and isinstance(first.value.value, str)
             ):
                 node.body = node.body[1:]
-    return tree
+    return ast.dump(tree)
 
 
-def imported(module: str, tree: ast.AST) -> set[str]:
+@functools.cache
+def _imported(module: str, source: str) -> frozenset[str]:
     """Full names of the modules that `module` imports from its own package: `from . import a`, `from ..b.c import d`.
 
     Imports under `if TYPE_CHECKING:` do not count: nothing runs through them. Nor does what a package's __init__ does,
     which is to list names.
     """
+    tree = _parsed(source)
     guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
     typing_only = {id(n) for guard in guards for statement in guard.body for n in ast.walk(statement)}
     nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level and id(n) not in typing_only]
@@ -51,7 +60,7 @@ def imported(module: str, tree: ast.AST) -> set[str]:
         for alias in node.names:
             part = f"{home}.{alias.name}"
             found.add(part if _is_module(part) else home)  # a module of a package, or a name in a module
-    return found
+    return frozenset(found)
 
 
 ROOT = Path(__file__).resolve().parents[1]  # of the package that this module is part of
@@ -76,24 +85,24 @@ def _source(module: str) -> str:
     return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
 
 
-def _reached(module: str) -> dict[str, ast.Module]:
-    """The code of `module`, by its full name, and of all modules of its package that it reaches by imports."""
-    trees: dict[str, ast.Module] = {}
+def _reached(module: str) -> dict[str, str]:
+    """The source of `module`, by its full name, and of all modules of its package that it reaches by imports."""
+    sources: dict[str, str] = {}
     todo = {module}
     while todo:
         name = todo.pop()
-        trees[name] = ast.parse(_source(name))
-        todo |= imported(name, trees[name]) - trees.keys()
-    return {name: trees[name] for name in sorted(trees)}
+        sources[name] = _source(name)
+        todo |= _imported(name, sources[name]) - sources.keys()
+    return dict(sorted(sources.items()))
 
 
 @functools.cache
 def code_fingerprint(*modules: str) -> str:
     """Hash of the code that `modules` reach. Comments, layout and docstrings do not count."""
     digest = hashlib.sha256()
-    trees = {name: tree for module in modules for name, tree in _reached(module).items()}
-    for name, tree in sorted(trees.items()):
-        digest.update(f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode())
+    sources = {name: source for module in modules for name, source in _reached(module).items()}
+    for name, source in sorted(sources.items()):
+        digest.update(f"{name}\n{_shape(source)}\n".encode())
     return digest.hexdigest()
 
 
@@ -118,8 +127,8 @@ def _literals(module: str) -> dict[tuple[str, str], str]:
     Shown, because equality forgives what is no detail to a result: the order of a table, 1 for True.
     """
     found = {}
-    for name, tree in _reached(module).items():
-        for constant, value in _constants(tree).items():
+    for name, source in _reached(module).items():
+        for constant, value in _constants(_parsed(source)).items():
             with contextlib.suppress(ValueError, TypeError):
                 found[name, constant] = repr(ast.literal_eval(value))
     return found
@@ -143,11 +152,11 @@ def _derived(module: str) -> dict[tuple[str, str], str]:
     Not those whose look tells nothing of their value, such as functions.
     """
     found = {}
-    for path, tree in _reached(module).items():
+    for path, source in _reached(module).items():
         if path not in sys.modules:
             continue
         names = dict(vars(sys.modules[path]))
-        for constant, value in _constants(tree).items():
+        for constant, value in _constants(_parsed(source)).items():
             with contextlib.suppress(Exception):  # what cannot be computed again is no constant
                 again = eval(compile(ast.Expression(value), path, "eval"), names)
                 if " at 0x" not in (shown := _shown(again)):
@@ -182,8 +191,13 @@ def _is_own(module: ModuleType, name: str, node: ast.stmt) -> bool:
 def _definitions(module: str) -> list[tuple[str, str, ast.stmt]]:
     """Functions, classes and their methods in the OPEN modules that `module` reaches: (module, name, definition)."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    opened = {name: tree for name, tree in _reached(module).items() if name.rpartition(".")[2] in OPEN}
-    found = [(name, node.name, node) for name, tree in opened.items() for node in tree.body if isinstance(node, kinds)]
+    opened = {name: source for name, source in _reached(module).items() if name.rpartition(".")[2] in OPEN}
+    found = [
+        (name, node.name, node)
+        for name, source in opened.items()
+        for node in _parsed(source).body
+        if isinstance(node, kinds)
+    ]
     return found + [
         (name, f"{holder}.{node.name}", node)
         for name, holder, definition in found

@@ -228,10 +228,13 @@ def token_scores(
     missing = set(direction) - {name for name, _ in model.named_parameters()}
     if missing:
         raise ValueError(f"direction has no counterpart in the model for {sorted(missing)[:3]}")
+    exact = torch.promote_types(model.dtype, torch.float32)
+    logps, scores = (torch.zeros(batch.ids.shape, dtype=exact, device=batch.ids.device) for _ in range(2))
     with faithful(model):
-        parts = [METHODS[method](model, part, direction, temperature) for part in batch.slices(size)]
-    logps, scores = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logps, scores.masked_fill(~batch.response, 0.0)
+        for place, part in batch.pieces(size):
+            found, moved = METHODS[method](model, part, direction, temperature)
+            logps[place], scores[place] = found.to(exact), moved.masked_fill(~part.response, 0.0).to(exact)
+    return logps, scores
 
 
 # How far sum w a may be from <grad L, d>, by method and by the coarsest precision that moves, in units of the sum of

@@ -1,6 +1,6 @@
 """Padded token sequences: prompts, each followed by a response."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -44,6 +44,16 @@ class Batch:
         """The rows in order, in chunks of at most `size` with all columns kept, so that results can be concatenated."""
         parts = (getattr(self, field.name).split(size) for field in fields(self))
         return [Batch(*part) for part in zip(*parts, strict=True)]
+
+    def pieces(self, size: int) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], "Batch"]]:
+        """Rows of like length together, at most `size`, without the columns that they do not use, each with its place.
+
+        `x[place]` are its entries of any x [N, T]: little is computed for padding, and all finds back to its row.
+        """
+        for rows in self.attention.sum(-1).argsort(stable=True).split(size):
+            columns = self.attention[rows].any(0).nonzero().squeeze(-1)
+            columns = torch.arange(int(columns.min()), int(columns.max()) + 1, device=columns.device)
+            yield (rows[:, None], columns[None]), self.rows(rows)
 
     def to(self, device) -> "Batch":
         return Batch(self.ids.to(device), self.attention.to(device), self.response.to(device))

@@ -34,5 +34,4 @@ METHOD = Method(
         "loss": "squared distance of the margin from its target, (1/(2 beta))^2 at the start",
     },
     strength="|1/(2 beta) - margin|, the distance from the margin aimed at",
-    compared=True,
 )

@@ -39,5 +39,4 @@ METHOD = Method(
     settings={"beta": 0.1},
     meaning={"beta": "strength of the tie to the reference"},
     strength="omega of a pair of own replies",
-    compared=True,
 )
