@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefdyn.lab import policy, ppo
+from prefdyn.book import plan
+from prefdyn.book.params import ParameterError, Parameters, check
+from prefdyn.lab import policy, ppo, recipes
+from prefdyn.lab.runs import RunStore
+from prefdyn.lab.worlds import EASY
 from prefdyn.lens import alignment, likelihood
 from prefdyn.lens.batch import Batch, pad
 from toys.models import FAMILIES, UNSUITABLE, VOCAB, build, lift_float32
@@ -144,3 +148,92 @@ def test_the_table_of_architectures_is_what_is_measured(tmp_path, monkeypatch):
         assert list(csv.DictReader(file)) == table
     assert len(FAMILIES) >= 16 and all(row["forward"] != "more" and row["central"] != "more" for row in table)
     assert all(row["heads"] == "yes" for row in table if row["methods"] != "refused")
+
+
+SMALL = {
+    "profile": "smoke",
+    "seeds": [0],
+    "pairs": 24,
+    "check": 8,
+    "demonstrations": 64,
+    "validation": 4,
+    "held_out": 8,
+    "width": 16,
+    "sft_steps": 4,
+    "sft_batch": 8,
+    "batch": 8,
+    "epochs": 1.0,
+    "iterations": 1,
+    "rollouts": 8,
+    "ppo_batch": 8,
+    "checkpoints": 2,
+    "probe": 8,
+    "ppo_probe": 8,
+}
+SCRATCH = tuple(policy.ARCHITECTURES)
+
+
+def made(architecture: str, layers: int = 2, width: int = 24, heads: int = 2, seed: int = 0):
+    """A model from scratch of the world's words."""
+    tokenizer = policy.word_tokenizer(EASY.vocabulary())
+    sizes = {"layers": layers, "width": width, "heads": heads, "context": 52, "seed": seed}
+    return policy.scratch_model(tokenizer, architecture=architecture, **sizes)
+
+
+def test_parameters_allow_what_can_be_made():
+    allowed = Parameters.model_json_schema()["properties"]["architecture"]["enum"]
+    assert tuple(allowed) == SCRATCH and made("gpt-neox").config.model_type == "gpt_neox"
+    with pytest.raises(ParameterError, match=r"architecture: given 'gpt3'.*; allowed: one of gpt-neox, llama"):
+        check({"architecture": "gpt3"})
+    with pytest.raises(ParameterError, match=r"architecture: given 'llama'; a model from scratch alone has it"):
+        check({"architecture": "llama", "model": "./here"})
+
+
+@pytest.mark.parametrize("architecture", SCRATCH)
+def test_models_from_scratch_have_the_sizes_that_are_asked_for(architecture):
+    """Weights without embeddings, norms and biases: 4 w^2 of attention, 8 w^2 of hidden layers, 12 w^2 if gated."""
+    model = made(architecture, layers=3)
+    gated = architecture in ("llama", "qwen3")
+    ends = [embeddings.weight for embeddings in (model.get_input_embeddings(), model.get_output_embeddings())]
+    assert ends[0] is not ends[1] and all(end.shape == (144, 24) for end in ends)
+    outside = {id(end) for end in ends} | {id(p) for name, p in model.named_parameters() if "wpe" in name}
+    inner = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outside)
+    assert inner == 3 * (16 if gated else 12) * 24**2
+    assert model.config.max_position_embeddings == 52 and model.config.num_attention_heads == 2
+    first = made(architecture, layers=3).state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    other = made(architecture, layers=3, seed=1).state_dict()
+    assert not all(torch.equal(value, first[name]) for name, value in other.items())
+    dropped = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert not any(dropped)
+
+
+@pytest.mark.parametrize("architecture", SCRATCH)
+def test_sizes_that_do_not_fit_are_refused(architecture):
+    """Rotary positions turn pairs of coordinates of a head."""
+    with pytest.raises(ValueError, match=r"width=26, heads=4: width must be a multiple of"):
+        made(architecture, width=26, heads=4)
+    if architecture == "gpt2":
+        assert made(architecture, width=18, heads=2).config.n_embd == 18
+        return
+    with pytest.raises(ValueError, match=r"width=18, heads=2: width must be a multiple of 2 \* heads"):
+        made(architecture, width=18, heads=2)
+
+
+def test_an_architecture_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"architecture='gpt3': must be one of gpt-neox, llama, qwen3, gpt2"):
+        made("gpt3")
+
+
+@pytest.mark.parametrize("architecture", SCRATCH)
+def test_models_from_scratch_train_and_are_measured(architecture, tmp_path):
+    """By DPO and by PPO, each then measured in the way that planning chooses."""
+    p, store = check(SMALL | {"architecture": architecture}), RunStore(tmp_path)
+    assert plan.measuring_method(p) == "forward"
+    for method in ("dpo", "ppo"):
+        run = plan.run(p, 0, method)
+        found = store.get(plan.alignment_run(p, run)).frame("alignment")
+        assert found.query("component == 'full'")[["g", "g_opt", "cosine"]].notna().all(axis=None)
+        start, end = (recipes.load_checkpoint(store.get(run), step)[0] for step in (0, run.steps()[-1]))
+        assert type(end) is policy.ARCHITECTURES[architecture][1]
+        assert all((a != b).any() for a, b in zip(start.parameters(), end.parameters(), strict=True) if a.ndim > 1)

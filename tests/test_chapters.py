@@ -26,7 +26,6 @@ SMALL = {
     "sft_batch": 8,
     "batch": 8,
     "epochs": 1.0,
-    "long_epochs": 2.0,
     "iterations": 2,
     "rollouts": 8,
     "ppo_batch": 4,

@@ -12,6 +12,7 @@ from prefdyn.findings import claims
 from prefdyn.findings.claims import RULES, Finding, apply_rule, judge_all, ledger, verdict
 from prefdyn.lab.runs import RunStore
 from prefdyn.lens import controls
+from prefdyn.methods import registry
 
 SEEDS, STEPS = (0, 1, 2), (0, 2, 5, 9, 14)
 JITTER = {0: -0.01, 1: 0.0, 2: 0.01}  # so that intervals have a width
@@ -108,12 +109,79 @@ def gains(final: float, way: float = 0.0, noise: float = 0.05) -> pd.DataFrame:
     )
 
 
+def sureness(dpo: float, ppo: float) -> pd.DataFrame:
+    """Two methods that are sure so often; the first one comes to KL 7 and reward 3.5, the second twice as far."""
+    return pd.DataFrame(
+        {"label": m, "seed": s, "step": t, "sure": y + JITTER[s], "kl": t * far, "reward_sampled": t * far / 2}
+        for m, y, far in (("dpo", dpo, 0.5), ("ppo", ppo, 1.0))
+        for s in SEEDS
+        for t in STEPS
+    )
+
+
+def paths(reward: float = 0.0, kl: float = 0.0) -> pd.DataFrame:
+    """Curves of variants: at the same KL one earns more by `reward`, or pays more by `kl` for the same."""
+    effect = {"plain": (0.0, 0.0), "a": (reward, kl), "b": (0.0, 0.0)}
+    return pd.DataFrame(
+        {
+            "variant": v,
+            "seed": s,
+            "step": t,
+            "kl": t / 7 * (1 + more / 2) + 0.001 * s * t * (v == "a"),
+            "reward_sampled": t / 7 * (1 + better / 2),
+        }
+        for v, (better, more) in effect.items()
+        for s in SEEDS
+        for t in STEPS
+    )
+
+
+def halves(**parts: tuple[float, float, float]) -> pd.DataFrame:
+    """G and cosine of the halves, raw and aware, in the first, second and last third of training."""
+    return pd.DataFrame(
+        {"seed": s, "step": t, "component": c, "g": g * (1 + JITTER[s]), "g_opt": g * (1 + JITTER[s])}
+        for c, thirds in parts.items()
+        for s in SEEDS
+        for t, g in zip((0, 4, 5, 9, 10, 14), np.repeat(thirds, 2), strict=True)
+    )
+
+
+def cosines(size: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"seed": s, "step": t, "component": "full", "cosine": (size + JITTER[s]) * (-1) ** t}
+        for s in SEEDS
+        for t in STEPS
+    )
+
+
+def ends(**change: float) -> pd.DataFrame:
+    """Rewards of halves, of which the last differs from the first by so much."""
+    return pd.concat(curve("reward_sampled", by).assign(label=c, kl=1.0) for c, by in change.items())
+
+
+def sizes(entropy: float) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "label": c,
+            "seed": s,
+            "step": t,
+            "reward_sampled": float(t),
+            "entropy": 9.0 - t + more * (entropy + JITTER[s]),
+        }
+        for c, more in (("full", 1), ("uniform", 0))
+        for s in SEEDS
+        for t in range(5)
+    )
+
+
 # What a rule must find as predicted, and what it must find against the prediction.
 PLANTED = {
     "C1a": (alignment(g=1), alignment(g=-1)),
     "C1b": (alignment(g_opt=1), alignment(g_opt=-1)),
     "C1c": (choices(0.5), choices(-0.5)),
-    "C2a": (by_seed(first=0.9, second=0.3), by_seed(first=0.3, second=0.9)),
+    "C2a": (sureness(0.9, 0.3), sureness(0.3, 0.9)),
+    "C2d": (sureness(0.9, 0.3), sureness(0.3, 0.9)),
+    "C2e": (sureness(0.9, 0.3), sureness(0.3, 0.9)),
     "C2b": (curve("reward_sampled", 2), curve("reward_sampled", -2)),
     "C2c": (curve("entropy", -2), curve("entropy", 2)),
     "C3a": (alignment(negative=0.5), alignment(negative=0.02)),
@@ -142,13 +210,26 @@ PLANTED = {
     "C7b": (gains(-1.0), gains(0.05)),
     "C7c": (gains(0.0, way=1.0), gains(0.3, way=-0.1)),
     "C7d": (gains(0.0, way=-1.0), gains(0.0)),
+    "C7e": (paths(reward=1.0), paths()),
+    "C7f": (paths(reward=-1.0), paths()),
+    "C7g": (paths(kl=1.0), paths()),
+    "C7h": (paths(kl=-1.0), paths()),
+    "S1a": (halves(positive=(1, 1, 1), negative=(-1, -0.5, -1)), halves(positive=(1, 1, 1), negative=(1, 1, 1))),
+    "S1b": (halves(positive=(1, 1, 1), negative=(-1, -0.5, -1)), halves(positive=(1, 1, 1), negative=(-0.1, 0, 0))),
+    "S2a": (halves(positive=(3, 1, 1), negative=(1, 1, 9)), halves(positive=(1, 9, 9), negative=(3, 0, 0))),
+    "S2b": (halves(positive=(3, 1, 1), negative=(1, 1, 9)), halves(positive=(1, 1, 9), negative=(3, 3, 1))),
+    "S2c": (halves(positive=(3, 1, 1), negative=(1, 1, 9)), halves(positive=(1, 1, 9), negative=(3, 3, 1))),
+    "S3a": (ends(negative=-2, positive=1), ends(negative=2, positive=-1)),
+    "S3b": (ends(negative=-2, positive=1), ends(negative=2, positive=-1)),
+    "S4a": (cosines(0.03), cosines(0.4)),
+    "S5a": (sizes(-1.0), sizes(0.05)),
 }
 UNDECIDED = {
     "C1b": alignment().assign(
         g_opt=lambda t: np.where(t["step"] == 14, -1.0, 1.0)
     ),  # four in five is not more than that
     "C1a": alignment().assign(g=lambda t: np.where(t["seed"] == 0, -1.0, 1.0)),
-    "C2a": by_seed(first=0.5, second=0.501),
+    "C2a": sureness(0.5, 0.501).assign(sure=lambda t: t["sure"] + np.where(t["label"] == "dpo", t["seed"] % 2 / 9, 0)),
     "C4a": pd.DataFrame({"seed": SEEDS, "correlation": [-0.5, 0.4, 0.1]}),
     "C7a": gains(0.2, noise=0.5),
     "C7d": gains(0.0, way=0.3, noise=1.5),
@@ -162,7 +243,8 @@ def rule(name: str) -> claims.Rule:
 
 def test_every_rule_has_its_effects_planted_and_a_claim():
     assert [r.name for r in RULES] == list(PLANTED)
-    assert {r.claim for r in RULES} == set(claims.CLAIMS) and all(r.name.startswith(r.claim) for r in RULES)
+    assert {r.claim for r in RULES} == {*claims.CLAIMS, *claims.STATEMENTS}
+    assert all(r.name.startswith(r.claim) for r in RULES)
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -186,6 +268,19 @@ def test_measures_by_hand():
     assert apply_rule(rule("C7b"), gains(-1.0)).found.mean == pytest.approx(1.0, abs=0.03)
     # trapezoids over steps 0, 5, 10: the effect half-way counts half
     assert apply_rule(rule("C7c"), gains(0.0, way=1.0)).found.mean == pytest.approx(0.5, abs=0.03)
+    # halves of 1 and -0.5 leave 0.5 of 1.5, halves of 1 and -1 nothing: (0 + 1/3 + 0) / 3
+    assert apply_rule(rule("S1a"), PLANTED["S1a"][0]).found.mean == pytest.approx(1 / 9)
+    assert apply_rule(rule("S2c"), PLANTED["S2c"][0]).found.mean == pytest.approx(0.9 - 0.25)
+    # plain comes to KL 2 with reward 2, the variant with 1.5 times as much
+    assert apply_rule(rule("C7e"), paths(reward=1.0)).found.mean == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_rule_tells_methods_apart_or_names_no_foil():
+    """A foil is a method that the library has, other than the rule's own, and its table is there for it too."""
+    for r in RULES:
+        assert not set(r.foil) & set(r.methods) and (not r.foil or len(r.foil) == len(r.methods))
+        assert all(registry.find(name) for name in r.foil)
+        assert r.since in (claims.FIRST, claims.SECOND)
 
 
 def finding(*words: str) -> list[Finding]:
@@ -253,7 +348,7 @@ P = check(SMALL)
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> RunStore:
-    """What C3 needs, and nothing else."""
+    """What C3 and the statements about DPO's halves need, and nothing else."""
     store = RunStore(tmp_path_factory.mktemp("runs"))
     halves = [plan.run(P, s, "dpo", c) for s in P.seeds for c in ("full", "positive", "negative")]
     store.ensure([*halves, *evidence.measured(P, "dpo").values()], workers=1)
@@ -270,7 +365,7 @@ def test_an_empty_store_judges_nothing_and_computes_nothing(tmp_path):
 
 def test_claims_whose_runs_are_there_are_judged_and_no_others(store):
     verdicts = ledger(apply_rules(store, P))
-    assert verdicts["C3"] != "not run" and {c for c, v in verdicts.items() if v != "not run"} == {"C3"}
+    assert {c for c, v in verdicts.items() if v != "not run"} == {"C3", "S1", "S2", "S3"}
 
 
 def test_removing_a_run_turns_its_claims_into_not_run(store, tmp_path):
@@ -351,13 +446,14 @@ def test_the_last_pass_of_a_file_counts_the_pairs_that_there_are(tmp_path, monke
     known = type("Known", (), {"pairs": [None] * 24})
     monkeypatch.setattr(evidence.recipes, "dataset", lambda spec: known)
     monkeypatch.setattr(evidence.plan, "data_spec", lambda p, seed: None)
-    monkeypatch.setattr(evidence.plan, "run", lambda p, seed, method, part, long: (part, seed))
+    monkeypatch.setattr(evidence.plan, "run", lambda p, seed, method, part: (part, seed))
     tables = {
         "checkpoints": pd.DataFrame({"label": "full", "seed": 0, "step": [0, 12], "check_accuracy": [0.0, 2.0]}),
         "steps": pd.DataFrame({"label": "full", "seed": 0, "step": range(12), "accuracy": range(12)}),
     }
     monkeypatch.setattr(evidence, "_found", lambda store, specs, frame: tables[frame])
-    assert evidence.TABLES["long runs"](RunStore(tmp_path), p, "dpo")["overfit"].tolist() == [(9 + 10 + 11) / 3 - 2]
+    found = evidence.TABLES["with and without omega"].read(RunStore(tmp_path), p, "dpo")
+    assert found["overfit"].tolist() == [(9 + 10 + 11) / 3 - 2]
 
 
 def test_rules_are_judged_on_the_tables_that_there_are():

@@ -149,6 +149,18 @@ def test_gaps_are_read_where_both_paths_have_come_equally_far():
     assert stats.at_equal(both, "x", "y", "who", "b", "a") == stats.mean_interval([-6, -60])
 
 
+def test_paths_are_compared_along_what_both_cover():
+    """One goes from x = 0 to 4, the other from 2 to 6: on 2 to 4, y = 2 x and y = x - 1 differ by x + 1."""
+    rows = [("a", 0, 0.0, 0.0), ("a", 1, 4.0, 8.0), ("b", 0, 2.0, 1.0), ("b", 1, 6.0, 5.0)]
+    table = pd.DataFrame(rows, columns=["who", "step", "x", "y"]).assign(seed=0)
+    both = pd.concat([table, table.assign(seed=1, y=table["y"] * 10)]).sample(frac=1, random_state=0)
+    assert stats.along(both, "x", "y", "who", "a", "b", places=3) == stats.mean_interval([4, 40])
+    assert stats.along(both, "x", "y", "who", "b", "a") == stats.mean_interval([-4, -40])
+    # paths that do not meet are compared where the later one begins; the other never comes there
+    apart = table.assign(x=table["x"] + 9 * (table["who"] == "b"))
+    assert math.isnan(stats.along(apart, "x", "y", "who", "a", "b").mean)
+
+
 def test_differences_are_paired_by_seed():
     # by seed 1 - 0 = 1 and 12 - 10 = 2, though the rows come in another order
     table = pd.DataFrame({"control": ["a", "a", "b", "b"], "seed": [0, 1, 1, 0], "reward": [1.0, 12.0, 10.0, 0.0]})
@@ -192,6 +204,7 @@ TABLE = pd.DataFrame({"seed": [0], "step": [1], "y": [2.0]})
         lambda: stats.over_seeds(TABLE, ["step", "kind"], "y"),
         lambda: stats.differences(TABLE, "kind", "a", "b", ["y"]),
         lambda: stats.at_equal(TABLE, "step", "y", "kind", "a", "b"),
+        lambda: stats.along(TABLE, "step", "y", "kind", "a", "b"),
         lambda: stats.steps_to(TABLE, "step", "kind", 1.0),
     ],
 )

@@ -107,20 +107,21 @@ def asked_and_answered(store: RunStore, run: recipes.PairRun, samples: int, step
 
 @pytest.mark.parametrize("samples", [plan.SAMPLES, 70])  # 280 replies are more than are scored at once
 def test_a_policy_is_paid_for_its_sampled_replies_to_validation_prompts(store, samples):
-    """Those of the final policy, by the true reward; replies to one prompt differ."""
+    """Those of every checkpoint, by the true reward; replies to one prompt differ."""
     spec, ticks = plan.validation_run(P, 0, DPO).model_copy(update={"samples": samples}), []
     store.get(DPO)
     table = store.get(spec, ticks.append).frame("validation")
     reward = recipes.dataset(DPO.data).reward
     points = {}
-    for step in (0, DPO.steps()[-1]):
+    for step in DPO.steps():
         prompts, _, _, texts = asked_and_answered(store, DPO, samples, step)
         points[step] = [reward(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    assert table.columns.tolist() == ["prompt", "reward"]
-    assert table["prompt"].tolist() == [i for i in range(P.validation) for _ in range(samples)]
-    assert table["reward"].tolist() == pytest.approx(points[DPO.steps()[-1]], abs=1e-6)
+    assert table.columns.tolist() == ["step", "prompt", "reward"]
+    assert table["prompt"].tolist() == [i for i in range(P.validation) for _ in range(samples)] * len(DPO.steps())
+    assert table["step"].tolist() == [step for step in DPO.steps() for _ in range(P.validation * samples)]
+    assert table["reward"].tolist() == pytest.approx([x for own in points.values() for x in own], abs=1e-6)
     assert points[0] != points[DPO.steps()[-1]] and table.groupby("prompt")["reward"].nunique().max() > 1
-    assert sum(ticks) == spec.work() == P.validation * samples
+    assert sum(ticks) == pytest.approx(spec.work())
 
 
 def test_the_true_reward_needs_no_reward_model_and_each_run_its_own_validation(store):
@@ -128,7 +129,7 @@ def test_the_true_reward_needs_no_reward_model_and_each_run_its_own_validation(s
     runs = [DPO, plan.run(P, 0, "grpo"), plan.run(P, 0, "ppo"), plan.run(P, 0, "ppo", reward="learned")]
     specs = [plan.validation_run(P, 0, run) for run in runs]
     assert [(s.run, s.reward, s.samples, s.parents()) for s in specs] == [(r, None, plan.SAMPLES, [r]) for r in runs]
-    assert len({store.key(s) for s in [*specs, specs[0].model_copy(update={"samples": 2})]}) == 5
+    assert len({store.key(s) for s in [*specs, specs[0].model_copy(update={"samples": 3})]}) == 5
 
 
 def test_where_no_true_reward_is_known_a_model_of_the_pairs_pays(store, tmp_path):
@@ -140,7 +141,7 @@ def test_where_no_true_reward_is_known_a_model_of_the_pairs_pays(store, tmp_path
     run = plan.run(p, 0, "dpo")
     spec, learned = plan.validation_run(p, 0, run), plan.reward_run(p, 0)
     assert (spec.reward, spec.parents()) == (learned, [run, learned])
-    table = store.get(spec).frame("validation")
+    table = store.get(spec).frame("validation").query("step == step.max()")
     _, asked, answers, _ = asked_and_answered(store, run, plan.SAMPLES, run.steps()[-1])
     judge = ppo.headed(store.get(run.sft).folder / "policy", bias=False)
     load_model(judge, store.get(learned).folder / "model.safetensors")
@@ -150,10 +151,13 @@ def test_where_no_true_reward_is_known_a_model_of_the_pairs_pays(store, tmp_path
     assert table["prompt"].tolist() == [i for i in range(4) for _ in range(plan.SAMPLES)]
 
 
-def test_what_is_chosen_from_are_means_over_replies(store):
+def test_what_is_chosen_from_are_means_over_replies_at_the_best_checkpoint(store):
     specs = [("a", plan.validation_run(P, 0, DPO)), ("b", plan.validation_run(P, 0, DPO))]
     table = tuning.means(store, specs)
-    points = store.get(specs[0][1]).frame("validation")["reward"]
-    assert len(points) == 4 * plan.SAMPLES
-    assert table["reward"].tolist() == pytest.approx([sum(points) / len(points)] * 2)
-    assert table.drop(columns="reward").to_dict("records") == [{"method": n, "lr": 5e-3} for n in ("a", "b")]
+    points = store.get(specs[0][1]).frame("validation")
+    each = {step: own["reward"].sum() / (4 * plan.SAMPLES) for step, own in points.groupby("step")}
+    best = max(each, key=each.get)
+    assert len(points) == 4 * plan.SAMPLES * len(each) and len(set(each.values())) > 1
+    assert table["reward"].tolist() == pytest.approx([each[best]] * 2)
+    same = {"lr": 5e-3, "step": best}
+    assert table.drop(columns="reward").to_dict("records") == [{"method": n} | same for n in ("a", "b")]

@@ -10,6 +10,7 @@ __all__ = [
     "plots",
     "profiles",
     "sensitivity",
+    "studies",
     "survey",
     "variants",
 ]  # rooms, imported one by one

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import nbformat
+import pandas as pd
 import papermill
 import typer
 from jupyter_client import AsyncKernelManager
@@ -20,11 +22,13 @@ from traitlets import default
 
 from ..findings import reference
 from ..lab.runs import RunStore, project_root, versions
-from . import page, params, survey
+from . import page, params, studies, survey
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
 runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
 app.add_typer(runs_app, name="runs")
+study_app = typer.Typer(no_args_is_help=True, help="Tables that need hours: compute their cells, check them again.")
+app.add_typer(study_app, name="study")
 
 
 GIVEN = "parameters given"  # beside the values of a chapter: what it was executed with, but for the profile
@@ -373,6 +377,84 @@ def remove_run(
     for key in [store.named(key).key for key in keys]:
         store.remove(key)
         typer.echo(f"removed: {key}")
+
+
+StudyName = Annotated[str, typer.Argument(help="name of a study, a file in data/studies")]
+
+
+@study_app.command("list")
+def list_studies() -> None:
+    """List the studies: how many cells are there, of which days and code, and whether that has changed since."""
+    for name in studies.names():
+        table = studies.table(name)
+        typer.secho(f"{name}  {table.study.title}", bold=True)
+        typer.echo(f"  {table.study.about}\n  {table}")
+
+
+@study_app.command("run")
+def run_study(
+    name: StudyName,
+    profile: Annotated[str, typer.Option(help="where: a folder in data/studies/profiles")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="say what would be computed")] = False,
+    cores: Annotated[int | None, typer.Option(help="runs at a time [as the profile says]", min=1)] = None,
+) -> None:
+    """Compute the cells of a study that are not in its table; runs that are kept are not computed again."""
+    book_folder()
+    study, place = studies.read(name), studies.profile(profile)
+    with studies.alone(name):
+        planned = studies.prepare(study, RunStore())
+        to_do = f"{planned.rows} of {len(study.cells)} cells to do"
+        typer.echo(f"{name}: {to_do}; {planned.there} of their {planned.runs} runs are kept")
+        if planned.rows:
+            command = studies.command(planned, place, dry_run, cores, quiet=not sys.stderr.isatty())
+            if subprocess.run(command, cwd=project_root()).returncode:
+                there = f"{len(studies.kept_rows(study))} of {len(study.cells)} cells are there"
+                raise CommandError(
+                    f"{name}: {there}; what failed is said above, and the same command goes on from here"
+                )
+    if not dry_run:
+        typer.echo(studies.table(name))
+
+
+@study_app.command("check")
+def check_study(
+    name: StudyName,
+    cells: Annotated[int, typer.Option(help="how many, chosen at random", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="of the choice")] = 0,
+) -> None:
+    """Compute some cells of a study again, from nothing, and compare with the table.
+
+    Exits 1 if a value is farther from the kept one than the study's tolerances allow.
+    """
+    study = studies.read(name)
+    found = []
+    for number in studies.chosen(study, cells, seed):
+        rows = studies.compare(study, number, studies.again(study, number))
+        typer.echo(pd.DataFrame(rows).to_string(index=False))
+        found += [row["verdict"] for row in rows]
+    counts = ", ".join(f"{found.count(verdict)} {verdict}" for verdict in dict.fromkeys(found))
+    typer.echo(f"of {len(found)} values: {counts}")
+    if "differs" in found:
+        raise typer.Exit(1)
+
+
+PlanFile = Annotated[Path, typer.Argument(help="what was planned")]
+
+
+@study_app.command("compute", hidden=True)
+def compute_run(plan: PlanFile, folder: Annotated[Path, typer.Argument(help="of the run in the store")]) -> None:
+    """Compute one run of a planned study; Snakemake calls this."""
+    studies.compute(plan, folder)
+
+
+@study_app.command("row", hidden=True)
+def write_row(
+    plan: PlanFile,
+    number: Annotated[int, typer.Argument(help="of the cell")],
+    store: Annotated[Path, typer.Argument(help="where its runs are")],
+) -> None:
+    """Write one row of a planned study; Snakemake calls this."""
+    studies.write_row(plan, number, RunStore(store))
 
 
 def _is_ours(error: Exception) -> bool:

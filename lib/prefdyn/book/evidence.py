@@ -1,6 +1,7 @@
 """Evidence: the tables that claims are judged on, from the runs that there are; nothing here computes a run."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -58,32 +59,51 @@ def _parts(p: Parameters, method: str) -> dict:
     }
 
 
+def _plain(p: Parameters, *methods: str) -> dict:
+    return {(method, seed): plan.run(p, seed, method) for method in methods for seed in p.seeds}
+
+
+def _both(p: Parameters, *methods: str) -> dict:
+    """The measurements of the plain runs of several methods."""
+    return {key: spec for method in methods for key, spec in measured(p, method).items()}
+
+
+def _chosen(p: Parameters, method: str) -> dict:
+    choices = plan.target_choices(p)
+    return {key: plan.targets_run(p, run, choices) for key, run in _plain(p, method).items()}
+
+
+def _explored(p: Parameters, method: str) -> dict:
+    return {key: plan.exploration_run(p, run) for key, run in _parts(p, method).items()}
+
+
 def _alignment(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
     return _measurement(store, p, method, "alignment")
 
 
 def _choices(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
-    choices = plan.target_choices(p)
-    if "responses: unrelated" not in choices:
+    if "responses: unrelated" not in plan.target_choices(p):
         raise NotRun("with target_responses='unrelated' D' is the floor itself")
-    return _found(
-        store, {(method, s): plan.targets_run(p, plan.run(p, s, method), choices) for s in p.seeds}, "targets"
-    )
+    return _found(store, _chosen(p, method), "targets")
 
 
 def _sureness(store: RunStore, p: Parameters, first: str, second: str) -> pd.DataFrame:
-    """How sure the G of two methods is of its sign at equal numbers of sequences: seed, first, second."""
+    """How sure the G of two methods is of its sign at equal numbers of sequences, by checkpoint.
+
+    Columns: label (the method), seed, step, sure, and those of the method's checkpoints.
+    """
     compared = {"first": first, "second": second}
     tables = {name: _measurement(store, p, method, "sequences") for name, method in compared.items()}
     each = {name: 2 if registry.find(method).takes == "pairs" else 1 for name, method in compared.items()}
     sequences = min(each[name] * t.groupby("seed")["example"].nunique().min() for name, t in tables.items())
     if sequences < 4:
         raise NotRun(f"with {sequences} sequences nothing can be said of signs")
-    return pd.DataFrame(
-        {"seed": seed}
-        | {name: stats.subsample_sureness(t[t["seed"] == seed], sequences // each[name]) for name, t in tables.items()}
-        for seed in p.seeds
+    sure = pd.concat(
+        stats.subsample_sureness(own, sequences // each[name]).reset_index().assign(label=compared[name], seed=seed)
+        for name, table in tables.items()
+        for seed, own in table.groupby("seed")
     )
+    return sure.merge(pd.concat(_curve(store, p, method) for method in compared.values()))
 
 
 def _omega(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
@@ -93,9 +113,14 @@ def _omega(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
     return reweighting.signal(last, {s: recipes.dataset(plan.data_spec(p, s)).check for s in p.seeds})
 
 
-def _long(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
-    """The last step of the long runs: label (full, uniform), seed, reward_sampled, overfit."""
-    specs = {(c, s): plan.run(p, s, method, c, long=True) for c in ("full", "uniform") for s in p.seeds}
+def _sizes(p: Parameters, method: str) -> dict:
+    """Runs with the weights' sizes as they are and all alike, {(label, seed): spec}."""
+    return {(c, s): plan.run(p, s, method, c) for c in ("full", "uniform") for s in p.seeds}
+
+
+def _uniform(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
+    """The last step of `_sizes`: label (full, uniform), seed, reward_sampled, overfit."""
+    specs = _sizes(p, method)
     ends = _found(store, specs, "checkpoints").sort_values("step").groupby(["label", "seed"]).last()
     steps = _found(store, specs, "steps")
     pairs = len(recipes.dataset(plan.data_spec(p, p.seeds[0])).pairs)  # a file may hold fewer than were asked for
@@ -108,16 +133,25 @@ def _replies(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
     return _found(store, _parts(p, method), "replies")
 
 
+def _halves(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
+    _true_reward(p)
+    return _found(store, _parts(p, method), "checkpoints")
+
+
+def _even(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
+    _true_reward(p)
+    return _found(store, _sizes(p, method), "checkpoints")
+
+
 def _variety(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
     _true_reward(p)
-    runs = _parts(p, method)
-    explored = _found(store, {key: plan.exploration_run(p, run) for key, run in runs.items()}, "exploration")
+    explored = _found(store, _explored(p, method), "exploration")
     means = explored.groupby(["label", "seed", "step"])[["reward", "coverage"]].mean().reset_index()
-    return means.merge(_found(store, runs, "checkpoints")[["label", "seed", "step", "entropy"]])
+    return means.merge(_found(store, _parts(p, method), "checkpoints")[["label", "seed", "step", "entropy"]])
 
 
 def _curve(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
-    return _found(store, {(method, seed): plan.run(p, seed, method) for seed in p.seeds}, "checkpoints")
+    return _found(store, _plain(p, method), "checkpoints")
 
 
 def _roles(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
@@ -146,16 +180,38 @@ def _variants(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
     return _found(store, variant_runs(p, method), "replies").rename(columns={"label": "variant"})
 
 
-# Each is called with the store, the parameters and the methods that a rule names.
-TABLES: dict[str, Callable[..., pd.DataFrame]] = {
-    "G": _alignment,
-    "choices of D'": _choices,
-    "sureness": _sureness,
-    "curve": _curve,
-    "omega": _omega,
-    "long runs": _long,
-    "replies of halves": _replies,
-    "variety of halves": _variety,
-    "roles of thirds": _roles,
-    "variants": _variants,
+def _variant_curves(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
+    _true_reward(p)
+    if not variants.names(p, method):
+        raise NotRun("no variant is asked for")
+    return _found(store, variant_runs(p, method), "checkpoints").rename(columns={"label": "variant"})
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that rules read.
+
+    read: from the runs that the store has; called with it, the parameters and the methods that a rule names; raises
+    NotRun. needs: the runs that it rests on, {(label, seed): spec}; called with the parameters and the methods. Their
+    parents are runs too.
+    """
+
+    read: Callable[..., pd.DataFrame]
+    needs: Callable[..., dict]
+
+
+TABLES: dict[str, Table] = {
+    "G": Table(_alignment, measured),
+    "choices of D'": Table(_choices, _chosen),
+    "sureness": Table(_sureness, _both),
+    "curve": Table(_curve, _plain),
+    "omega": Table(_omega, measured),
+    "with and without omega": Table(_uniform, _sizes),
+    "halves": Table(_halves, _parts),
+    "replies of halves": Table(_replies, _parts),
+    "sizes of advantages": Table(_even, _sizes),
+    "variety of halves": Table(_variety, _explored),
+    "roles of thirds": Table(_roles, measured),
+    "variants": Table(_variants, variant_runs),
+    "curves of variants": Table(_variant_curves, variant_runs),
 }

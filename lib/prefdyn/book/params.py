@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..lens.controls import check_schedule
 from ..methods import registry
-from .profiles import ALTERNATIVES, COMMON, FILE, HARD, PRESETS, VARIANTS
+from .profiles import ALTERNATIVES, COMMON, EASY, FILE, PRESETS, VARIANTS
 
 
 class ParameterError(ValueError):
@@ -54,6 +54,9 @@ class Parameters(BaseModel):
     max_prompt: int = Field(description="tokens of a prompt, the last ones are kept", ge=4)
     max_response: int = Field(description="tokens of a response at most", ge=2)
     vocab_size: int = Field(description="tokens of the tokenizer trained on a file", ge=300)
+    architecture: Literal["gpt-neox", "llama", "qwen3", "gpt2"] = Field(
+        description="architecture of the model made from scratch"
+    )
     layers: int = Field(description="layers of the model made from scratch", ge=1)
     width: int = Field(description="width of the model made from scratch", ge=8)
     heads: int = Field(description="attention heads of the model made from scratch", ge=1)
@@ -65,7 +68,9 @@ class Parameters(BaseModel):
     )
     lr: float = Field(description="learning rate of DPO", gt=0)
     epochs: float = Field(description="passes of DPO over the pairs", gt=0)
-    long_epochs: float = Field(description="passes of the over-long DPO run", gt=0)
+    schedule: Literal["constant", "linear"] = Field(
+        description="DPO's learning rate after warm-up: the same to the end, or falling to 0 there"
+    )
     batch: int = Field(description="pairs an update of DPO", ge=1)
     micro_batch: int = Field(description="sequences in memory at once in training (0: all)", ge=0)
     optimizer: Literal["adamw", "sgd"] = Field(description="optimiser of SFT and DPO")
@@ -132,7 +137,7 @@ class Parameters(BaseModel):
             reasons |= dict.fromkeys(("difficulty", "label_noise", "demonstrations"), why)
         if self.model != "scratch":
             why = f"a model from scratch alone has it, and model={self.model!r}"
-            reasons |= dict.fromkeys(("vocab_size", "layers", "width", "heads"), why)
+            reasons |= dict.fromkeys(("vocab_size", "architecture", "layers", "width", "heads"), why)
         if self.target_responses == "chosen":
             why = "chosen responses have neither other prompts nor a decoding"
             reasons |= dict.fromkeys(("target_prompts", "target_decoding"), why)
@@ -234,7 +239,7 @@ def presets(profile: str, dataset: str, difficulty: str = COMMON["difficulty"]) 
     """Every parameter's value under a profile, for a world or for a file."""
     if profile not in PRESETS:
         raise ParameterError(f"profile: given {profile!r}; allowed: {_allowed('profile')}")
-    own = FILE if dataset != "world" else HARD if difficulty == "hard" else {}
+    own = FILE if dataset != "world" else EASY if difficulty == "easy" else {}
     return COMMON | PRESETS[profile] | own.get(profile, {}) | {"profile": profile}
 
 

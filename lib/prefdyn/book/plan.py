@@ -112,7 +112,8 @@ def _check_context(p: Parameters, spec: PolicySpec) -> None:
 
 def policy_spec(p: Parameters) -> PolicySpec:
     """The model before training. Raises ParameterError if it is a folder that does not exist."""
-    spec = PolicySpec(**_model(p, checkpoints.identity), layers=p.layers, width=p.width, heads=p.heads)
+    sizes = {name: getattr(p, name) for name in ("architecture", "layers", "width", "heads")}
+    spec = PolicySpec(**_model(p, checkpoints.identity), **sizes)
     if spec.model != "scratch":
         _check_context(p, spec)
     return spec
@@ -159,9 +160,9 @@ def run(
     """A method from the SFT policy of the same seed, trained on what it takes.
 
     method: a name in `methods.registry`, or a loss of pairs of one's own (`methods.own`). part: one of
-    `controls.CONTROLS`. choices: `long` (of pairs: for `long_epochs`, at a constant learning rate); `reward` ("true" or
-    "learned"), `leash` (the penalty for divergence) and `group` (replies to a prompt) of rollouts; `lr`; all others are
-    settings of the method. What is not given is as the parameters say, or the method's file.
+    `controls.CONTROLS`. choices: `reward` ("true" or "learned"), `leash` (the penalty for divergence) and `group`
+    (replies to a prompt) of rollouts; `lr`; all others are settings of the method. What is not given is as the
+    parameters say, or the method's file.
     """
     found = own.from_function(method) if callable(method) else registry.find(method)
     if found.takes not in ("pairs", "rollouts"):
@@ -186,9 +187,7 @@ def _check_choices(method: Method, given: dict, own_choices: list[str]) -> None:
         raise ValueError(f"lr: given {lr!r} ({type(lr).__name__}); allowed: a number > 0")
 
 
-def _pair_run(
-    p: Parameters, seed: int, method: Method, part: str, long: bool = False, lr: float | None = None, **settings
-) -> PairRun:
+def _pair_run(p: Parameters, seed: int, method: Method, part: str, lr: float | None = None, **settings) -> PairRun:
     sft = sft_run(p, seed)
     data = data_spec(p, seed)
     pairs = len(dataset(data).pairs)  # a file may hold fewer than were asked for
@@ -196,7 +195,7 @@ def _pair_run(
         raise ParameterError(
             f"batch: given {p.batch} (int), more than the {pairs} pairs to train on; allowed: 1 to {pairs}"
         )
-    steps = max(1, round((p.long_epochs if long else p.epochs) * pairs / p.batch))
+    steps = max(1, round(p.epochs * pairs / p.batch))
     return PairRun(
         sft=sft,
         data=data,
@@ -209,7 +208,7 @@ def _pair_run(
             batch_size=p.batch,
             lr=p.lr if lr is None else lr,
             optimizer=p.optimizer,
-            schedule="constant" if long else "linear",
+            schedule=p.schedule,
             micro_batch=p.micro_batch,
             seed=seed,
         ),
@@ -331,7 +330,7 @@ def _online_run(
 def variant_run(p: Parameters, seed: int, method: str, name: str, **choices) -> PairRun | PPORun | OnlineRun:
     """A controlled variant (`variants`) of a method: the plain run of the same seed in all but its control.
 
-    choices: as for `run`. A named schedule is stretched over a long run, a free one keeps its steps.
+    choices: as for `run`. A named schedule is stretched over the whole training, a free one keeps its steps.
     """
     plain = run(p, seed, method, **choices)
     return plain.model_copy(update={"control": variants.control(p, method, name, plain.optimisation.steps)})
@@ -377,7 +376,7 @@ def targets_run(p: Parameters, run: SFTRun | PairRun | PPORun, choices: dict[str
     return TargetsRun(run=run, choices=choices, probe="check", size=p.choice_probe)
 
 
-SAMPLES = 4  # replies to each validation prompt
+SAMPLES = 2  # replies to each validation prompt, at each checkpoint
 
 
 def validation_run(p: Parameters, seed: int, run: PairRun | PPORun | OnlineRun) -> ValidationRun:

@@ -1,5 +1,6 @@
 """Rules judged on the runs of some parameters, and with one parameter changed at a time; nothing is computed."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import pandas as pd
@@ -24,7 +25,7 @@ def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
         asked = (rule.table, *rule.methods)
         if asked not in tables:
             try:
-                tables[asked] = TABLES[rule.table](store, p, *rule.methods)
+                tables[asked] = TABLES[rule.table].read(store, p, *rule.methods)
             except (NotRun, ParameterError) as missing:  # a variant may be impossible with these parameters
                 tables[asked] = missing
         table = tables[asked]
@@ -33,6 +34,12 @@ def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
         else:
             findings.append(apply_rule(rule, table))
     return findings
+
+
+def foils(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> dict[str, Finding]:
+    """Rules tried on the methods that should fail them, by the rule's name: as predicted there, it tells nothing."""
+    tried = [dataclasses.replace(rule, methods=rule.foil) for rule in rules if rule.foil]
+    return {finding.rule.name: finding for finding in apply_rules(store, p, tried)}
 
 
 def _world(p: Parameters, changed: dict) -> dict:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..lab.runs import Run
 from .paired import Comparison, adjusted, by_seed_and_prompt, crossed_interval, paired, win_rate_interval
-from .stats import Estimate, require_columns
+from .stats import Estimate, at_equal, mean_interval, require_columns
 
 PLAIN = "plain"  # the method as it is
 Measure = Callable[..., np.ndarray]  # `final` or `over_training`
@@ -126,11 +126,31 @@ def largest_effect(replies: pd.DataFrame, measure: Measure = final) -> Estimate:
     Its bounds are those of intervals at 95% for all variants together (Bonferroni): the largest of their lower bounds
     on |difference| and the largest of their upper ones.
     """
-    variants = [name for name in pd.unique(replies["variant"]) if name != PLAIN]
-    if not variants:
-        raise ValueError("largest_effect: there is no variant in the table")
+    variants, level = _variants(replies)
     plain = measure(replies, PLAIN)
-    found = [crossed_interval(measure(replies, v) - plain, level=1 - 0.05 / len(variants)) for v in variants]
+    return _largest([crossed_interval(measure(replies, v) - plain, level) for v in variants])
+
+
+def largest_at_equal(curves: pd.DataFrame, x: str, y: str) -> Estimate:
+    """The same in `y`, over seeds, where a variant and the plain method have come equally far in `x`.
+
+    As `stats.at_equal` reads it. Args: curves, checkpoints with the columns variant, seed, step, `x` and `y`.
+    """
+    variants, level = _variants(curves)
+    gaps = [at_equal(curves, x, y, "variant", v, PLAIN) for v in variants]
+    return _largest([mean_interval(e.values, level) for e in gaps])
+
+
+def _variants(table: pd.DataFrame) -> tuple[list[str], float]:
+    """The variants in a table, and the level of each one's interval so that all hold together at 95% (Bonferroni)."""
+    variants = [name for name in pd.unique(table["variant"]) if name != PLAIN]
+    if not variants:
+        raise ValueError("there is no variant in the table")
+    return variants, 1 - 0.05 / len(variants)
+
+
+def _largest(found: list[Estimate]) -> Estimate:
+    """Size of the largest of some differences: the largest of their lower bounds on |difference| and of their upper."""
     biggest = max(found, key=lambda e: abs(e.mean))
     known = np.isfinite(biggest.low)
     return Estimate(

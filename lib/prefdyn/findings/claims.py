@@ -4,8 +4,10 @@ A rule says which table it reads, what it measures there, and on which side of a
 A claim is judged by all of its rules. Nothing here computes a run: what is missing is "not run".
 
 The thresholds of C1 to C6 follow the predictions at the head of the chapters. When they were written down here, those
-chapters' results with seeds 0 to 2 were known; other seeds and other settings are the test. Those of C7 were written
-before any controlled variant had been run.
+chapters' results with seeds 0 to 2 of the easy world were known; other seeds and the hard world are the test. Those of
+C7 were written before any controlled variant had been run. Rules with a later date (`Rule.since`) were added when all
+results of the easy world were known and before any result of the hard one was, but for rewards and divergences of one
+seed, from which the lengths of training were taken.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +23,12 @@ from .stats import Estimate
 SURE = 0.8  # "nearly every" checkpoint: surely more than four in five
 SMALL_SHARE = 0.1  # a half with less than a tenth of G has no part worth the name
 SAME_REPLIES = 0.9  # two trainings that agree on nine replies of ten end at the same place
-SMALL_EFFECT = 0.2  # points of 7: the smallest difference in reward that would matter to a reader of the replies
+SMALL_EFFECT = 0.2  # points: the smallest difference in reward that would matter to a reader of the replies
+SMALL_DISTANCE = 0.2  # nats a reply: the smallest difference in divergence or entropy that would matter
+HALF_LEFT = 0.5  # halves of which less than half is left when they are added offset each other
+NEARLY_ORTHOGONAL = 0.1  # cosine; more than 84 degrees
+
+FIRST, SECOND = "2026-11-24", "2026-11-25"  # when rules were written
 
 VERDICTS = ("supported", "partly", "not supported", "inconclusive", "not run")
 
@@ -47,6 +54,23 @@ def _negative_share(table: pd.DataFrame) -> Estimate:
     return stats.mean_interval(share.groupby("seed").mean(), within=(0, 1))
 
 
+def _two(table: pd.DataFrame) -> list[str]:
+    """The two methods that a table compares, in its order."""
+    return list(dict.fromkeys(table["label"]))
+
+
+def _surer(table: pd.DataFrame) -> Estimate:
+    """How much more often the first method is sure of the sign of its G than the second, mean over checkpoints."""
+    means = table.groupby(["seed", "label"])["sure"].mean().unstack()
+    first, second = _two(table)
+    return stats.mean_interval(means[first] - means[second])
+
+
+def _surer_along(column: str) -> Callable[[pd.DataFrame], Estimate]:
+    """The same along the stretch of `column` that both cover."""
+    return lambda table: stats.along(table, column, "sure", "label", *_two(table))
+
+
 def _change(column: str) -> Callable[[pd.DataFrame], Estimate]:
     """Last minus first checkpoint."""
 
@@ -55,6 +79,50 @@ def _change(column: str) -> Callable[[pd.DataFrame], Estimate]:
         return stats.mean_interval(ordered.last() - ordered.first())
 
     return measure
+
+
+def _left_by_halves(g: str) -> Callable[[pd.DataFrame], Estimate]:
+    """Size of the sum of both halves by the sum of their sizes, mean over checkpoints; 0 where they cancel."""
+
+    def measure(table: pd.DataFrame) -> Estimate:
+        parts = table.pivot(index=["seed", "step"], columns="component", values=g)[["positive", "negative"]]
+        left = parts.sum(axis=1).abs() / parts.abs().sum(axis=1)
+        return stats.mean_interval(left.groupby("seed").mean(), within=(0, 1))
+
+    return measure
+
+
+def _negative_share_in(*thirds: int) -> Callable[[pd.DataFrame], Estimate]:
+    """Share of the negative half in the sizes of both, in one third of training (0 to 2), or one minus another's."""
+
+    def measure(table: pd.DataFrame) -> Estimate:
+        size = table.pivot(index=["seed", "step"], columns="component", values="g").abs()
+        share = (size["negative"] / (size["negative"] + size["positive"])).rename("share").reset_index()
+        third = np.minimum(3 * share["step"] // share["step"].max(), 2)
+        means = share.groupby(["seed", third])["share"].mean().unstack()
+        if len(thirds) == 1:
+            return stats.mean_interval(means[thirds[0]], within=(0, 1))
+        return stats.mean_interval(means[thirds[0]] - means[thirds[1]], within=(-1, 1))
+
+    return measure
+
+
+def _size_of_cosine(table: pd.DataFrame) -> Estimate:
+    """Size of the cosine, mean over checkpoints."""
+    full = table[table["component"] == "full"]
+    return stats.mean_interval(full["cosine"].abs().groupby(full["seed"]).mean(), within=(0, 1))
+
+
+def _size(found: Estimate) -> Estimate:
+    """The same without its sign: an effect of either direction."""
+    if found.mean >= 0:
+        return found
+    return Estimate(-found.mean, -found.high, -found.low, found.n, tuple(-x for x in found.values), found.prompts)
+
+
+def _change_of(label: str, column: str) -> Callable[[pd.DataFrame], Estimate]:
+    """Last minus first checkpoint of the runs that are labelled so."""
+    return lambda table: _change(column)(table[table["label"] == label])
 
 
 def _agreement(half: str) -> Callable[[pd.DataFrame], Estimate]:
@@ -75,7 +143,8 @@ class Rule:
 
     says: the prediction. why: why the claim implies it, where its threshold comes from. measure: an Estimate from the
     table named `table` of `methods`, of which it reads `columns`. predicted: the side of `threshold` on which the
-    interval must lie. figure: chapter and figure that show it.
+    interval must lie. figure: chapter and figure that show it. since: the day on which the rule was written. foil: the
+    methods on which the claim would have it fail; a rule that comes out as predicted there too tells nothing apart.
     """
 
     claim: str
@@ -89,10 +158,14 @@ class Rule:
     predicted: str  # "above" or "below"
     threshold: float
     figure: str
+    since: str = FIRST
+    foil: tuple[str, ...] = ()
 
 
 G = ("seed", "step", "component")
 GAINS = ("variant", "seed", "index", "step", "reward")
+PATHS = ("variant", "seed", "step", "kl", "reward_sampled")
+HALVES = ("label", "seed", "step", "kl", "reward_sampled")
 CLAIMS = {
     "C1": "DPO's updates follow stable targets",
     "C2": "PPO's updates balance exploration and exploitation",
@@ -102,39 +175,59 @@ CLAIMS = {
     "C6": "in PPO, groups of tokens by absolute advantage have distinct roles",
     "C7": "controlling these dynamics changes efficiency and performance",
 }
+STATEMENTS = {  # of the paper's first version
+    "S1": "the halves of DPO offset each other",
+    "S2": "in DPO, positive learning leads early and negative learning later",
+    "S3": "without positive learning DPO collapses",
+    "S4": "PPO's updates are nearly orthogonal to its final responses",
+    "S5": "in PPO, reweighting controls exploration",
+}
 RULES = (
     Rule(
         "C1", "C1a", "G of DPO is surely positive at nearly every checkpoint (share)",
         "stable targets: each update points at where training ends; nearly every is more than four in five",
-        "G", ("dpo",), (*G, "g", "se"), _surely_positive("g", "se"), "above", SURE, "02-targets#fig-g",
+        "G", ("dpo",), (*G, "g", "se"), _surely_positive("g", "se"), "above", SURE, "02-targets#fig-g", foil=("ppo",),
     ),
     Rule(
         "C1", "C1b", "so is the optimiser-aware G (share)",
         "G speaks of gradient descent; the claim is about the updates that AdamW makes",
         "G", ("dpo",), (*G, "g_opt", "se_opt"), _surely_positive("g_opt", "se_opt"), "above", SURE, "02-targets#fig-g",
+        foil=("ppo",),
     ),
     Rule(
         "C1", "C1c", "cosine with the final responses above that with responses to other prompts",
         "else the targets would be no more than the style that all replies share",
         "choices of D'", ("dpo",), ("seed", "choice", "cosine"), _above_floor, "above", 0.0, "02-targets#fig-choices",
+        foil=("ppo",),
     ),
     Rule(
         "C2", "C2a", "DPO's G is sure of its sign more often than PPO's, at equal numbers of sequences (difference)",
         "exploration: PPO's updates point at its end less reliably than supervised ones do",
-        "sureness", ("dpo", "ppo"), ("seed", "first", "second"),
-        lambda t: stats.mean_interval(t["first"] - t["second"]), "above", 0.0,
-        "02-targets#fig-equal",
+        "sureness", ("dpo", "ppo"), ("label", "seed", "step", "sure"), _surer, "above", 0.0, "02-targets#fig-equal",
+    ),
+    Rule(
+        "C2", "C2d", "the same where both have come equally far from SFT (mean over the KL that both cover)",
+        "at equal steps one may have hardly moved and the other be done",
+        "sureness", ("dpo", "ppo"), ("label", "seed", "step", "sure", "kl"), _surer_along("kl"), "above", 0.0,
+        "02-targets#fig-ground", since=SECOND,
+    ),
+    Rule(
+        "C2", "C2e", "the same where both earn as much (mean over the rewards that both pass)",
+        "or one may be good already and the other have all to learn",
+        "sureness", ("dpo", "ppo"), ("label", "seed", "step", "sure", "reward_sampled"), _surer_along("reward_sampled"),
+        "above", 0.0, "02-targets#fig-ground", since=SECOND,
     ),
     Rule(
         "C2", "C2b", "the true reward of PPO's sampled replies rises (points)",
         "exploitation: what is found is used",
         "curve", ("ppo",), ("seed", "step", "reward_sampled"), _change("reward_sampled"), "above", 0.0,
-        "02-targets#fig-ppo",
+        "02-targets#fig-ppo", foil=("dpo",),
     ),
     Rule(
         "C2", "C2c", "the entropy of PPO's policy falls (nats a reply)",
         "balance: exploration gives way to exploitation over training",
         "curve", ("ppo",), ("seed", "step", "entropy"), _change("entropy"), "below", 0.0, "02-targets#fig-ppo",
+        foil=("dpo",),
     ),
     Rule(
         "C3", "C3a", "negative learning has a part in DPO's G (share of sizes)",
@@ -173,22 +266,23 @@ RULES = (
         "04-reweighting#fig-omega-signal",
     ),
     Rule(
-        "C4", "C4c", "long run: the true reward of final sampled replies is higher with omega than without (points)",
+        "C4", "C4c", "past its best: final sampled replies earn more with omega than without (points of true reward)",
         "a regulariser keeps what training too long would lose",
-        "long runs", ("dpo",), ("label", "seed", "reward_sampled"),
+        "with and without omega", ("dpo",), ("label", "seed", "reward_sampled"),
         _full_minus("uniform", "reward_sampled"), "above", 0.0,
         "04-reweighting#fig-uniform",
     ),
     Rule(
-        "C4", "C4d", "long run: accuracy on training minus unseen pairs is smaller with omega (share)",
+        "C4", "C4d", "past its best: accuracy on training minus unseen pairs is smaller with omega (share)",
         "overfitting in the narrow sense",
-        "long runs", ("dpo",), ("label", "seed", "overfit"), _full_minus("uniform", "overfit"), "below", 0.0,
+        "with and without omega", ("dpo",), ("label", "seed", "overfit"), _full_minus("uniform", "overfit"), "below",
+        0.0,
         "04-reweighting#fig-uniform-why",
     ),
     Rule(
         "C5", "C5a", "the negative half is the smaller one in PPO's G (share of sizes)",
         "rather than determining the targets: the positive half carries them",
-        "G", ("ppo",), (*G, "g"), _negative_share, "below", 0.5, "03-positive-negative#fig-parts",
+        "G", ("ppo",), (*G, "g"), _negative_share, "below", 0.5, "03-positive-negative#fig-parts", foil=("dpo",),
     ),
     Rule(
         "C5", "C5b", "with negative learning entropy is higher at equal reward (nats a reply)",
@@ -239,6 +333,83 @@ RULES = (
         "the same for PPO",
         "variants", ("ppo",), GAINS, lambda t: ablations.largest_effect(t, ablations.over_training), "above",
         SMALL_EFFECT, "05-ablations#fig-ablation-effects",
+    ),
+    Rule(
+        "C7", "C7e", "some variant of DPO earns more or less at equal KL (points, sampled replies)",
+        "else the variant is no more than a shorter or a longer way along the same path",
+        "curves of variants", ("dpo",), PATHS, lambda t: ablations.largest_at_equal(t, "kl", "reward_sampled"), "above",
+        SMALL_EFFECT, "05-ablations#fig-ablation-frontier", since=SECOND,
+    ),
+    Rule(
+        "C7", "C7f", "some variant of PPO does",
+        "the same for PPO",
+        "curves of variants", ("ppo",), PATHS, lambda t: ablations.largest_at_equal(t, "kl", "reward_sampled"), "above",
+        SMALL_EFFECT, "05-ablations#fig-ablation-frontier", since=SECOND,
+    ),
+    Rule(
+        "C7", "C7g", "some variant of DPO needs more or less KL for equal reward (nats a reply)",
+        "efficiency: distance from SFT is a price",
+        "curves of variants", ("dpo",), PATHS, lambda t: ablations.largest_at_equal(t, "reward_sampled", "kl"), "above",
+        SMALL_DISTANCE, "05-ablations#fig-ablation-frontier", since=SECOND,
+    ),
+    Rule(
+        "C7", "C7h", "some variant of PPO does",
+        "the same for PPO",
+        "curves of variants", ("ppo",), PATHS, lambda t: ablations.largest_at_equal(t, "reward_sampled", "kl"), "above",
+        SMALL_DISTANCE, "05-ablations#fig-ablation-frontier", since=SECOND,
+    ),
+    Rule(
+        "S1", "S1a", "less than half of the sizes of DPO's halves of G is left when they are added (share)",
+        "offset: they pull in opposite directions; equal and opposite halves would leave nothing",
+        "G", ("dpo",), (*G, "g"), _left_by_halves("g"), "below", HALF_LEFT, "03-positive-negative#fig-parts",
+        since=SECOND, foil=("ppo",),
+    ),
+    Rule(
+        "S1", "S1b", "so of the optimiser-aware G (share)",
+        "the same of the updates that AdamW makes",
+        "G", ("dpo",), (*G, "g_opt"), _left_by_halves("g_opt"), "below", HALF_LEFT, "03-positive-negative#fig-parts",
+        since=SECOND, foil=("ppo",),
+    ),
+    Rule(
+        "S2", "S2a", "in the first third of training the negative half is the smaller one in DPO's G (share of sizes)",
+        "leads early: positive learning is more than half",
+        "G", ("dpo",), (*G, "g"), _negative_share_in(0), "below", 0.5, "03-positive-negative#fig-parts", since=SECOND,
+    ),
+    Rule(
+        "S2", "S2b", "in the last third it is the larger one (share of sizes)",
+        "and negative learning later",
+        "G", ("dpo",), (*G, "g"), _negative_share_in(2), "above", 0.5, "03-positive-negative#fig-parts", since=SECOND,
+    ),
+    Rule(
+        "S2", "S2c", "its share grows from the first third to the last (difference of shares)",
+        "roles shift, whichever leads",
+        "G", ("dpo",), (*G, "g"), _negative_share_in(2, 0), "above", 0.0, "03-positive-negative#fig-parts",
+        since=SECOND, foil=("ppo",),
+    ),
+    Rule(
+        "S3", "S3a", "negative learning alone ends below the SFT policy's reward (points, sampled replies)",
+        "collapse: worse than where it began",
+        "halves", ("dpo",), HALVES, _change_of("negative", "reward_sampled"), "below", 0.0,
+        "03-positive-negative#fig-dpo-halves", since=SECOND,
+    ),
+    Rule(
+        "S3", "S3b", "positive learning alone does not: it ends above it (points, sampled replies)",
+        "else it is training for long that collapses, whatever is left out",
+        "halves", ("dpo",), HALVES, _change_of("positive", "reward_sampled"), "above", 0.0,
+        "03-positive-negative#fig-dpo-halves", since=SECOND,
+    ),
+    Rule(
+        "S4", "S4a", "the cosine of PPO's gradient with the direction of its final responses is small (size, mean)",
+        "nearly orthogonal: more than 84 degrees apart",
+        "G", ("ppo",), (*G, "cosine"), _size_of_cosine, "below", NEARLY_ORTHOGONAL, "02-targets#fig-cosine",
+        since=SECOND, foil=("dpo",),
+    ),
+    Rule(
+        "S5", "S5a", "with all |advantages| made equal, entropy differs at equal reward (nats a reply, of either sign)",
+        "controls exploration: without it more, or less, is left to be tried",
+        "sizes of advantages", ("ppo",), ("label", "seed", "step", "reward_sampled", "entropy"),
+        lambda t: _size(stats.at_equal(t, "reward_sampled", "entropy", "label", "full", "uniform")), "above",
+        SMALL_DISTANCE, "04-reweighting#fig-sizes", since=SECOND,
     ),
 )  # fmt: skip
 
@@ -297,6 +468,6 @@ def verdict(findings: Iterable[Finding]) -> str:
 
 
 def ledger(findings: Iterable[Finding]) -> dict[str, str]:
-    """The verdict on each claim."""
+    """The verdict on each claim, and on each statement."""
     findings = list(findings)
-    return {claim: verdict(f for f in findings if f.rule.claim == claim) for claim in CLAIMS}
+    return {claim: verdict(f for f in findings if f.rule.claim == claim) for claim in CLAIMS | STATEMENTS}

@@ -124,6 +124,23 @@ def at_equal(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: s
     return mean_interval(gaps)
 
 
+def along(table: pd.DataFrame, x: str, y: str, by: str, first: str, second: str, places: int = 9) -> Estimate:
+    """`first` minus `second` (values of the column `by`) in `y`, mean over the stretch of `x` that both cover, by seed.
+
+    Args: table, with the columns seed and step. Each path is read, as by `read_at`, at `places` equally far apart: from
+    where the later one begins to where the one that comes less far ends.
+    """
+    require_columns(table, ["seed", "step", by, x, y])
+    gaps = []
+    for _, one in table.groupby("seed"):
+        paths = [one[one[by] == name].sort_values("step") for name in (first, second)]
+        near = max(path[x].iloc[0] for path in paths)
+        far = max(near, min(path[x].max() for path in paths))
+        read = [[read_at(path, x, y, at) for at in np.linspace(near, far, places)] for path in paths]
+        gaps.append(np.mean(read[0]) - np.mean(read[1]))
+    return mean_interval(gaps)
+
+
 def steps_to(table: pd.DataFrame, by: str, value: str, goal: float) -> pd.Series:
     """Where each seed's `value` first reaches `goal` from below: the efficiency of a training run, in units of `by`.
 
@@ -200,15 +217,18 @@ def sign_summary(
     }
 
 
-def subsample_sureness(sequences: pd.DataFrame, n: int, draws: int = 40, level: float = 0.95, seed: int = 0) -> float:
-    """How often a probe of `n` examples is sure of the sign that the whole probe gives to G, mean over steps.
+def subsample_sureness(
+    sequences: pd.DataFrame, n: int, draws: int = 40, level: float = 0.95, seed: int = 0
+) -> pd.Series:
+    """How often a probe of `n` examples is sure of the sign that the whole probe gives to G, by step.
 
     Args: sequences, a table with the columns step, example and full (an example's contribution to G). For each step,
     `draws` subsets of `n` examples are drawn without replacement; one is sure if its normal interval excludes 0 on the
     side of the sum over all. Raises ValueError if `n` is below 2 or above the number of examples.
     """
     require_columns(sequences, ["step", "example", "full"])
-    wide = sequences.pivot(index="step", columns="example", values="full").to_numpy()
+    wide = sequences.pivot(index="step", columns="example", values="full")
+    steps, wide = wide.index, wide.to_numpy()
     if not 2 <= n <= wide.shape[1]:
         raise ValueError(f"subsample_sureness: n={n} must be between 2 and the {wide.shape[1]} examples")
     rng = np.random.default_rng(seed)
@@ -217,5 +237,5 @@ def subsample_sureness(sequences: pd.DataFrame, n: int, draws: int = 40, level: 
     for _ in range(draws):
         drawn = wide[:, rng.permutation(wide.shape[1])[:n]]
         mean, error = drawn.mean(1), drawn.std(1, ddof=1) / math.sqrt(n)
-        sure.append((mean * np.sign(wide.sum(1)) > z * error).mean())
-    return float(np.mean(sure))
+        sure.append(mean * np.sign(wide.sum(1)) > z * error)
+    return pd.Series(np.mean(sure, axis=0), index=steps, name="sure")

@@ -1,4 +1,7 @@
-"""Learning rates chosen by one rule for all methods: what is best on validation prompts, which nothing else reads."""
+"""Learning rates chosen by one rule for all methods: the rate whose best checkpoint earns most on validation prompts.
+
+Nothing else reads these prompts.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ValidationRun(recipes.Spec):
-    """What a training run's final policy earns with sampled replies to the validation prompts.
+    """What a training run's policies earn with sampled replies to the validation prompts, at every checkpoint.
 
     By the true reward where it is known, else by a reward model of the pairs.
     """
@@ -30,12 +33,12 @@ class ValidationRun(recipes.Spec):
         return [self.run, *([self.reward] if self.reward else [])]
 
     def work(self) -> float:
-        return self.run.data.validation * self.samples
+        return 0.3 * self.run.data.validation * self.samples * len(self.run.steps())
 
     def compute(self, folder: Path, store: "RunStore", tick) -> None:
-        """Write validation.parquet: prompt (its number), reward (points, of one reply)."""
-        spec = self.run.data
-        model, tokenizer = recipes.final_policy(store.get(self.run))
+        """Write validation.parquet: step, prompt (its number), reward (points, of one reply)."""
+        spec, run = self.run.data, store.get(self.run)
+        _, tokenizer = recipes.final_policy(run)
         prompts = recipes.dataset(spec).prompts["validation"]
         if not prompts:
             raise ValueError(
@@ -43,15 +46,20 @@ class ValidationRun(recipes.Spec):
             )
         asked = [prompt for prompt in prompts for _ in range(self.samples)]
         limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
-        ids, answers = reply(model, tokenizer, asked, temperature=1.0, seed=0, **limits)
         score = ppo.scorer(store, tokenizer, spec, self.reward)
-        parts = pad(ids, answers, tokenizer.pad_token_id).to(model.device).slices(256)
-        each = zip(parts, range(0, len(asked), 256), strict=True)
-        points = [score(asked[first : first + 256], part) for part, first in each]
         number = {prompt: i for i, prompt in enumerate(prompts)}
-        rows = {"prompt": [number[prompt] for prompt in asked], "reward": [x for part in points for x in part.tolist()]}
-        pd.DataFrame(rows).to_parquet(folder / "validation.parquet")
-        tick(self.work())
+        tables = []
+        for step in self.run.steps():
+            model, _ = recipes.load_checkpoint(run, step)
+            ids, answers = reply(model, tokenizer, asked, temperature=1.0, seed=0, **limits)
+            parts = pad(ids, answers, tokenizer.pad_token_id).to(model.device).slices(256)
+            each = zip(parts, range(0, len(asked), 256), strict=True)
+            points = [x for part, first in each for x in score(asked[first : first + 256], part).tolist()]
+            tables.append(
+                pd.DataFrame({"step": step, "prompt": [number[prompt] for prompt in asked], "reward": points})
+            )
+            tick(self.work() / len(self.run.steps()))
+        pd.concat(tables, ignore_index=True).to_parquet(folder / "validation.parquet")
 
 
 def chosen(grid: pd.DataFrame, by: str = "method") -> pd.DataFrame:
@@ -76,10 +84,13 @@ def chosen(grid: pd.DataFrame, by: str = "method") -> pd.DataFrame:
 
 
 def means(store: "RunStore", specs: Iterable[tuple[str, ValidationRun]]) -> pd.DataFrame:
-    """The table that `chosen` reads: method (as it is called), lr, reward (mean over replies), kept in the store."""
-    return pd.DataFrame(
-        [
-            {"method": name, "lr": s.run.optimisation.lr, "reward": store.get(s).frame("validation")["reward"].mean()}
-            for name, s in specs
-        ]
-    )
+    """The table that `chosen` reads, kept in the store: method (as it is called), lr, reward and step.
+
+    reward: mean over replies at the checkpoint, `step`, at which it is largest.
+    """
+    rows = []
+    for name, spec in specs:
+        by_step = store.get(spec).frame("validation").groupby("step")["reward"].mean()
+        best = {"reward": by_step.max(), "step": int(by_step.idxmax())}
+        rows.append({"method": name, "lr": spec.run.optimisation.lr, **best})
+    return pd.DataFrame(rows)

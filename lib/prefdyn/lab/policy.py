@@ -14,11 +14,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -74,23 +80,59 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _wrap(tokenizer)
 
 
-def scratch_model(
-    tokenizer: PreTrainedTokenizerBase, *, layers: int, width: int, heads: int, context: int, seed: int
-) -> GPTNeoXForCausalLM:
-    """A small GPT-NeoX (the architecture of Pythia) with random weights from `seed`.
+# What can be made from scratch: its configuration and its model.
+ARCHITECTURES = {
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM),  # that of Pythia
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gpt2": (GPT2Config, GPT2LMHeadModel),
+}
 
-    Raises ValueError if `width` is not a multiple of 2 * `heads` (rotary embeddings turn pairs of coordinates).
+
+def _sizes(architecture: str, layers: int, width: int, heads: int, context: int) -> dict[str, Any]:
+    """Sizes as the configuration of an architecture calls them; hidden layers are 4 * `width` wide, heads all alike."""
+    if architecture == "gpt2":  # which alone has learned positions, and drops units out unless it is told not to
+        named = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": context, "n_inner": 4 * width}
+        return named | dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0)
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    named = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": context,
+        "rope_parameters": rope,
+    }
+    if architecture == "gpt-neox":
+        return named
+    return named | {"num_key_value_heads": heads, "head_dim": width // heads}
+
+
+def scratch_model(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    layers: int,
+    width: int,
+    heads: int,
+    context: int,
+    seed: int,
+    architecture: str = "gpt-neox",
+) -> PreTrainedModel:
+    """A small model of one of ARCHITECTURES, with random weights from `seed` and embeddings of its own at either end.
+
+    Raises ValueError for another architecture, or if `width` is not a multiple of 2 * `heads` (rotary embeddings turn
+    pairs of coordinates) or, for "gpt2", of `heads`.
     """
-    if width % (2 * heads):
-        raise ValueError(f"width={width}, heads={heads}: width must be a multiple of 2 * heads")
-    config = GPTNeoXConfig(
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r}: must be one of {', '.join(ARCHITECTURES)}")
+    pairs = 1 if architecture == "gpt2" else 2
+    if width % (pairs * heads):
+        multiple = "heads" if pairs == 1 else "2 * heads"
+        raise ValueError(f"width={width}, heads={heads}: width must be a multiple of {multiple}")
+    config_class, model_class = ARCHITECTURES[architecture]
+    config = config_class(
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=context,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        **_sizes(architecture, layers, width, heads, context),
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -98,7 +140,7 @@ def scratch_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return plain_embeddings(GPTNeoXForCausalLM(config).eval())
+        return plain_embeddings(model_class(config).eval())
 
 
 def _source(name_or_path: str) -> str:

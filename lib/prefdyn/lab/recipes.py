@@ -102,8 +102,9 @@ class DataSpec(Spec):
 
 
 class PolicySpec(ModelSpec):
-    """Which model: "scratch" with its sizes, or a checkpoint."""
+    """Which model: "scratch" with its architecture (one of policy.ARCHITECTURES) and sizes, or a checkpoint."""
 
+    architecture: str
     layers: int
     width: int
     heads: int
@@ -176,6 +177,7 @@ def untrained(
         return policy.load(policy_spec.model, policy_spec.revision)[0], words
     model = policy.scratch_model(
         words,
+        architecture=policy_spec.architecture,
         layers=policy_spec.layers,
         width=policy_spec.width,
         heads=policy_spec.heads,

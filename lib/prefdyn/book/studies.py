@@ -1,0 +1,678 @@
+"""Studies: tables of settings whose runs need hours, read from YAML, computed by Snakemake, kept as small tables.
+
+A study is a file NAME.yaml in data/studies; its table NAME.csv lies beside it, a row a cell. `prepare` plans it, and
+Snakemake (study.smk) calls `compute` for each run and `write_row` for each cell, in processes of their own.
+"""
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from ..findings.claims import RULES, Rule
+from ..lab import recipes
+from ..lab.fingerprint import code_fingerprint, modules_of
+from ..lab.runs import Run, RunStore, project_root, versions
+from ..methods import registry
+from . import params, plan
+from .evidence import TABLES
+from .params import ParameterError, Parameters
+from .sensitivity import apply_rules
+
+KEYS = {
+    "title": "a line",
+    "about": "what is asked, in a sentence or two",
+    "base": "parameters of all cells",
+    "axes": "name: values; the cells are all combinations",
+    "grids": "a list of such axes, instead of `axes`",
+    "rules": "names of rules of the ledger",
+    "tolerances": "default or a column: {relative: a number, absolute: a number}",
+}
+AT_THE_END = ("reward_sampled", "reward_greedy", "kl")  # columns of checkpoints, of a method's last one
+PROVENANCE = ("settings", "code", "versions", "hardware", "seconds", "finished")
+BUILT_IN = ("local", "dryrun", "touch")  # Snakemake's own executors; all others are packages
+
+
+class StudyError(ValueError):
+    """A study that cannot be read or computed; the message says what is wrong and what is allowed."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as in Python, and no key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_POWER_OF_TEN = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _POWER_OF_TEN, list("-+0123456789"))
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a value may be from the one that is kept: a part of that one, or a distance, whichever is more."""
+
+    relative: float
+    absolute: float
+
+    def allows(self, kept: float) -> float:
+        """The largest distance from `kept`."""
+        return max(self.relative * abs(kept), self.absolute)
+
+
+EXACT = Tolerance(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row to be: what it is called along each axis that it has (`labels`), and its parameters, of one seed."""
+
+    labels: dict[str, str]
+    parameters: Parameters
+
+    @property
+    def seed(self) -> int:
+        return self.parameters.seeds[0]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{axis} {label}" for axis, label in self.labels.items())
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a file says: its cells in order, the rules that they are measured by, how far a check may be off."""
+
+    name: str
+    title: str
+    about: str
+    axes: tuple[str, ...]  # of all grids, the seed last
+    cells: tuple[Cell, ...]
+    rules: tuple[Rule, ...]
+    tolerances: dict[str, Tolerance]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that its rules speak of."""
+        return tuple(dict.fromkeys(method for rule in self.rules for method in rule.methods))
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The columns of what is found."""
+        return _measures(self.rules)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of the table."""
+        return (*self.axes, *self.measures, *PROVENANCE)
+
+    def tolerance(self, column: str) -> Tolerance:
+        """How far a value of a column may be from the kept one; the number of parameters not at all."""
+        return EXACT if column == "parameters" else self.tolerances.get(column, self.tolerances["default"])
+
+
+def _measures(rules: Iterable[Rule]) -> tuple[str, ...]:
+    rules = list(rules)
+    methods = dict.fromkeys(method for rule in rules for method in rule.methods)
+    ends = [f"{method}_{name}" for method in methods for name in (*AT_THE_END, "best")]
+    return (*(rule.name for rule in rules), *ends, "parameters")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def folder() -> Path:
+    """Where the studies of the book are."""
+    return project_root() / "data" / "studies"
+
+
+def names() -> list[str]:
+    """The studies that there are."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def read(name: str) -> Study:
+    """A study by its name. Raises StudyError that names the file, the key, what was given and what is allowed."""
+    path = folder() / f"{name}.yaml"
+    if not path.is_file():
+        raise StudyError(f"{name!r}: no such study; there are: {', '.join(names()) or 'none in data/studies'}")
+    try:
+        given = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return _study(name, given)
+    except (yaml.YAMLError, StudyError) as error:
+        raise StudyError(f"{path.name}: {error}") from error
+
+
+def _need(holds: bool, key: str, given: Any, allowed: str) -> None:
+    if not holds:
+        raise StudyError(f"{key}: given {given!r}; allowed: {allowed}")
+
+
+def _study(name: str, given: Any) -> Study:
+    allowed = "; ".join(f"{key}: {what}" for key, what in KEYS.items())
+    _need(isinstance(given, dict) and not given.keys() - KEYS.keys(), "keys", given and list(given), allowed)
+    for key in ("title", "about"):
+        _need(isinstance(given.get(key), str) and bool(given[key].strip()), key, given.get(key), KEYS[key])
+    base = given.get("base", {})
+    _need(isinstance(base, dict) and "seeds" not in base, "base", base, f"{KEYS['base']}; seeds are the axis seed")
+    _need(("axes" in given) != ("grids" in given), "axes, grids", list(given), "one of the two")
+    grids = given.get("grids", [given.get("axes")])
+    _need(isinstance(grids, list) and bool(grids), "grids", grids, KEYS["grids"])
+    rules = _rules(given.get("rules"))
+    cells = [cell for axes in grids for cell in _grid(base, axes, {*_measures(rules), *PROVENANCE})]
+    labels = [str(cell) for cell in cells]
+    _need(len(set(labels)) == len(labels), "grids", grids, "each cell once")
+    axes = dict.fromkeys(axis for cell in cells for axis in cell.labels if axis != "seed")
+    return Study(
+        name=name,
+        title=given["title"].strip(),
+        about=" ".join(given["about"].split()),
+        axes=(*axes, "seed"),
+        cells=tuple(cells),
+        rules=rules,
+        tolerances=_tolerances(given.get("tolerances"), _measures(rules)),
+    )
+
+
+def _rules(given: Any) -> tuple[Rule, ...]:
+    known = {rule.name: rule for rule in RULES}
+    allowed = f"a list of some of {', '.join(known)}, each once"
+    _need(isinstance(given, list) and bool(given), "rules", given, allowed)
+    for name in given:
+        _need(name in known and given.count(name) == 1, "rules", name, allowed)
+    return tuple(known[name] for name in given)
+
+
+def _tolerances(given: Any, columns: tuple[str, ...]) -> dict[str, Tolerance]:
+    _need(isinstance(given, dict) and "default" in given, "tolerances", given, f"{KEYS['tolerances']}; with a default")
+    allowed = f"default, {', '.join(column for column in columns if column != 'parameters')}"
+    for column, value in given.items():
+        _need(column == "default" or column in columns[:-1], "tolerances", column, allowed)
+        sizes = isinstance(value, dict) and value.keys() == {"relative", "absolute"}
+        numbers = sizes and all(isinstance(x, int | float) and 0 <= x < math.inf for x in value.values())
+        _need(numbers, f"tolerances, {column}", value, "relative and absolute, numbers >= 0")
+    return {column: Tolerance(**value) for column, value in given.items()}
+
+
+def shown(value: Any) -> str:
+    """A value as the table has it: numbers with six digits, what is not known as nothing."""
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else ""
+    return str(value)
+
+
+def _axis(axis: str, given: Any, taken: set[str]) -> dict[str, dict[str, Any]]:
+    """The parameters that each value of an axis stands for, by its label."""
+    _need(axis not in taken, "axes", axis, "a name that is no other column of the table")
+    allowed = "a list of values of the parameter of that name, or label: {parameter: value}, at least one, each once"
+    if axis != "seed" and isinstance(given, dict):
+        values = {str(label): value for label, value in given.items()}
+        _need(all(isinstance(value, dict) and value for value in values.values()), f"axes, {axis}", given, allowed)
+        _need("seeds" not in {name for value in values.values() for name in value}, f"axes, {axis}", given, "no seeds")
+    else:
+        name = "seeds" if axis == "seed" else axis
+        _need(isinstance(given, list), f"axes, {axis}", given, allowed)
+        known = name in Parameters.model_fields and axis != "seeds"
+        _need(known, "axes", axis, "seed, or the name of a parameter; of several parameters, label: {parameter: value}")
+        values = {shown(value): {name: [value] if axis == "seed" else value} for value in given}
+    _need(len(values) == len(given) > 0, f"axes, {axis}", given, allowed)
+    return values
+
+
+def _grid(base: dict, axes: Any, taken: set[str]) -> list[Cell]:
+    """The cells of one product of axes."""
+    _need(isinstance(axes, dict) and "seed" in axes, "axes", axes, f"{KEYS['axes']}; seed is one of them")
+    values = {axis: _axis(axis, given, taken) for axis, given in axes.items()}
+    cells = []
+    for labels in itertools.product(*values.values()):
+        chosen = dict(zip(values, labels, strict=True))
+        parts = [values[axis][label] for axis, label in chosen.items()]
+        given = [name for part in parts for name in part]
+        _need(len(set(given)) == len(given), "axes", list(axes), "a parameter on one axis alone")
+        try:
+            parameters = params.check(base | {name: value for part in parts for name, value in part.items()})
+        except ParameterError as error:
+            raise StudyError(f"{', '.join(f'{axis} {label}' for axis, label in chosen.items())}: {error}") from error
+        cells.append(Cell(chosen, parameters))
+    same = [cell.parameters.model_dump_json() for cell in cells]
+    twice = next((str(cell) for cell, one in zip(cells, same, strict=True) if same.count(one) > 1), "")
+    _need(not twice, "axes", twice, "cells that differ in a parameter")
+    return cells
+
+
+# --- what a cell needs -----------------------------------------------------------------------------------------------
+
+
+def specs(study: Study, cell: Cell) -> list[recipes.Spec]:
+    """What a cell's row is read from: the runs that its rules need and the plain run of each method.
+
+    Raises StudyError for parameters that no run can have together.
+    """
+    p = cell.parameters
+    asked = dict.fromkeys((rule.table, rule.methods) for rule in study.rules)
+    try:
+        needed = [spec for table, methods in asked for spec in TABLES[table].needs(p, *methods).values()]
+        return needed + [plan.run(p, cell.seed, method) for method in study.methods]
+    except ParameterError as error:
+        raise StudyError(f"{study.name}, {cell}: {error}") from error
+
+
+Key = Callable[[recipes.Spec], str]
+
+
+def memo(key: Key) -> Key:
+    """The same function, that works out the key of a spec once, however often it is asked for it."""
+    known: dict[tuple[type, str], str] = {}
+
+    def remembered(spec: recipes.Spec) -> str:
+        shown = (type(spec), spec.model_dump_json())
+        if shown not in known:
+            known[shown] = key(spec)
+        return known[shown]
+
+    return remembered
+
+
+def runs(key: Key, needed: Iterable[recipes.Spec]) -> dict[str, recipes.Spec]:
+    """These runs and all that they rest on, by their keys, parents first."""
+    found: dict[str, recipes.Spec] = {}
+    for spec in needed:
+        if key(spec) not in found:
+            found |= runs(key, spec.parents()) | {key(spec): spec}
+    return found
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def settings(cell: Cell) -> str:
+    """What tells a cell's settings from others: a hash of its parameters, its data and its model."""
+    p = cell.parameters
+    made = (plan.data_spec(p, cell.seed), plan.policy_spec(p))
+    return _hash(p.model_dump_json() + "".join(json.dumps(x.model_dump(mode="json", context="identity")) for x in made))
+
+
+def code(needed: Iterable[recipes.Spec]) -> str:
+    """What tells the code of runs from other code, of all that they reach together."""
+    return code_fingerprint(*sorted({module for spec in needed for module in modules_of(spec)}))[:12]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _end(method: str, checkpoints: pd.DataFrame) -> dict[str, float]:
+    """What a training run has come to: its last checkpoint, and the best reward of any."""
+    last = checkpoints.sort_values("step").iloc[-1]
+    ends = {f"{method}_{name}": float(last[name]) for name in AT_THE_END}
+    return ends | {f"{method}_best": float(checkpoints["reward_sampled"].max())}
+
+
+def _provenance(found: list[Run]) -> dict[str, str]:
+    """With which packages, on what and in how many seconds runs were computed, and when the last was finished."""
+    known = [run.json("provenance") for run in found]
+
+    def once(texts: Iterable[str]) -> str:
+        return "; ".join(sorted(set(texts)))
+
+    hardware = [one["hardware"] for one in known]
+    return {
+        "versions": once(", ".join(f"{name} {v}" for name, v in sorted(one["versions"].items())) for one in known),
+        "hardware": once(
+            f"{on['machine']}, {on['cores']} cores, {on['accelerator'] or 'no accelerator'}" for on in hardware
+        ),
+        "seconds": f"{sum(one['seconds'] for one in known):.1f}",
+        "finished": max(one["finished"] for one in known)[:10],
+    }
+
+
+def row(study: Study, cell: Cell, store: RunStore) -> dict[str, str]:
+    """The row of a cell from its runs in the store. Raises StudyError if some are missing; nothing is computed."""
+    p, needed = cell.parameters, runs(memo(store.key), specs(study, cell))
+    found = {key: store.find(spec) for key, spec in needed.items()}
+    if missing := [key for key, run in found.items() if run is None]:
+        raise StudyError(f"{study.name}, {cell}: {len(missing)} of {len(found)} runs are missing: {missing[0]}, ...")
+    findings = apply_rules(store, p, study.rules)
+    values = {one.rule.name: one.found.mean if one.found else math.nan for one in findings}
+    for method in study.methods:
+        values |= _end(method, found[store.key(plan.run(p, cell.seed, method))].frame("checkpoints"))
+    policy, _ = recipes.final_policy(found[store.key(plan.sft_run(p, cell.seed))])
+    values |= {"parameters": policy.num_parameters()}
+    provenance = {"settings": settings(cell), "code": code(needed.values())} | _provenance(list(found.values()))
+    written = cell.labels | {name: shown(value) for name, value in values.items()} | provenance
+    return {column: written.get(column, "") for column in study.columns}
+
+
+def _labels(study: Study, kept: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(kept.get(axis, "") for axis in study.axes)
+
+
+def kept_rows(study: Study) -> dict[int, dict[str, str]]:
+    """The rows of the table, by the numbers of their cells; rows of cells that the study no longer has are left out."""
+    path = folder() / f"{study.name}.csv"
+    if not path.is_file():
+        return {}
+    numbers = {_labels(study, cell.labels): number for number, cell in enumerate(study.cells)}
+    with path.open(newline="", encoding="utf-8") as file:
+        known = {numbers.get(_labels(study, one)): one for one in csv.DictReader(file)}
+    return {number: known[number] for number in sorted(known.keys() - {None})}
+
+
+def keep(study: Study, number: int, new: Mapping[str, str]) -> None:
+    """Write the row of cell `number` into the table, which is replaced in one move."""
+    path = folder() / f"{study.name}.csv"
+    with FileLock(_work(study.name).with_suffix(".lock")):
+        rows = kept_rows(study) | {number: new}
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, study.columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[i] for i in sorted(rows))
+        beside = path.with_suffix(".csv.new")
+        beside.write_text(text.getvalue(), encoding="utf-8")
+        os.replace(beside, path)
+
+
+def changes(study: Study, kept: Mapping[int, Mapping[str, str]], now: Callable[[int], str]) -> dict[int, str]:
+    """What has changed since rows were written, "" where nothing has: "columns", "settings" or "code", by number.
+
+    Args: now, the code of a cell's runs today, by its number; asked where all else is as it was.
+    """
+    found = {}
+    for number, one in kept.items():
+        if any(column not in one for column in study.columns):
+            found[number] = "columns"
+        elif one["settings"] != settings(study.cells[number]):
+            found[number] = "settings"
+        else:
+            found[number] = "" if one["code"] == now(number) else "code"
+    return found
+
+
+def code_today(study: Study) -> str:
+    """The code that the study's runs would be computed with now: that of its first cell, which reaches what all do."""
+    return code(specs(study, study.cells[0]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of a study: its rows, and how they stand to the code of today.
+
+    rows: a row a cell that is there, with the study's columns; numbers are numbers, what is not known is NaN. changed:
+    for each row "", or what has changed since it was written: "settings", "code" or "columns".
+    """
+
+    study: Study
+    rows: pd.DataFrame
+    changed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A sentence: how many cells are there, of which days and code, and whether that has changed since."""
+        if not len(self.rows):
+            return f"Of the {len(self.study.cells)} cells of the study {self.study.name} none is computed."
+        days = sorted({*self.rows["finished"]})
+        when = " to ".join(dict.fromkeys((days[0], days[-1])))
+        outdated = [f"{self.changed.count(what)} ({what})" for what in sorted({*self.changed} - {""})]
+        since = f"since then something has changed for {', '.join(outdated)}" if outdated else "unchanged since"
+        return (
+            f"{len(self.rows)} of {len(self.study.cells)} cells of the study {self.study.name}, computed {when} with "
+            f"code {', '.join(sorted({*self.rows['code']}))}; {since}."
+        )
+
+
+def table(name: str) -> Table:
+    """The table of a study as it is kept; nothing is computed. Raises StudyError for a study that cannot be read."""
+    study = read(name)
+    kept = kept_rows(study)
+    rows = pd.DataFrame([dict(one) for one in kept.values()], columns=list(study.columns)).fillna("")
+    for column in (*study.axes, *study.measures, "seconds"):
+        numbers = pd.to_numeric(rows[column].replace("", math.nan), errors="coerce")
+        if not (numbers.isna() & (rows[column] != "")).any():  # a label such as "0.1M" is no number
+            rows[column] = numbers
+    today = code_today(study) if kept else ""
+    return Table(study, rows, tuple(changes(study, kept, lambda number: today).values()))
+
+
+# --- computing -------------------------------------------------------------------------------------------------------
+
+
+def _work(name: str) -> Path:
+    """What Snakemake needs for a study: this file, what was planned; beside it its marks in NAME/, and locks."""
+    path = project_root() / ".snakemake" / "studies" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Inside, no other process plans or computes the study. Raises StudyError if one does."""
+    try:
+        with FileLock(_work(name).with_suffix(".running"), timeout=0):
+            yield
+    except Timeout as error:
+        raise StudyError(f"{name}: another process is computing it; wait for that one, or stop it") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: rows to write, runs that they rest on, and how many of these the store has."""
+
+    path: Path
+    rows: int
+    runs: int
+    there: int
+
+
+def prepare(study: Study, store: RunStore) -> Plan:
+    """Plan the cells whose rows are not there, or not of today's settings and code, and write it down for Snakemake."""
+    path, root, kept = _work(study.name), project_root(), kept_rows(study)
+    known = _known(study, path) or _all_runs(study, store)
+    cells = known["cells"]
+    changed = changes(study, kept, lambda number: cells[number]["code"])
+    rows = {str(number): cells[number]["runs"] for number in range(len(cells)) if changed.get(number) != ""}
+    inside = store.root.resolve().is_relative_to(root.resolve())
+    place = {
+        "study": study.name,
+        "store": os.path.relpath(store.root, root) if inside else str(store.root.resolve()),
+        "marks": os.path.relpath(path.with_suffix(""), root),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(known | place), encoding="utf-8")
+    for mark in path.with_suffix("").glob("*"):  # the table alone says which rows are there
+        mark.unlink()
+    asked = {key for keys in rows.values() for key in keys}
+    return Plan(path, len(rows), len(asked), sum((store.root / key).is_dir() for key in asked))
+
+
+def _identity(study: Study) -> str:
+    """What all keys of a study follow from: its cells and rules, the library's code and the versions of packages."""
+    library = code_fingerprint(__name__, *map(registry.module_of, study.methods))
+    rules = [rule.name for rule in study.rules]
+    return _hash(json.dumps([library, versions(), rules, *map(settings, study.cells)]))
+
+
+def _known(study: Study, path: Path) -> dict[str, Any] | None:
+    """The runs of all cells as they were planned before, if they would be planned alike now."""
+    with contextlib.suppress(OSError, ValueError):
+        planned = json.loads(path.read_text(encoding="utf-8"))
+        if planned.get("identity") == _identity(study):
+            return planned
+    return None
+
+
+def _all_runs(study: Study, store: RunStore) -> dict[str, Any]:
+    """The runs of all cells, for the file of a plan.
+
+    Returns identity; cells, in order, each with its settings, its code and the keys of its runs; runs by their keys,
+    parents first, each with its type, its spec and the keys of its parents.
+    """
+    key, cells, found = memo(store.key), {}, {}
+    for number in sorted(range(len(study.cells)), key=lambda i: study.cells[i].seed):  # a seed's data are made once
+        own = runs(key, specs(study, study.cells[number]))
+        found |= own
+        cells[number] = {"settings": settings(study.cells[number]), "code": code(own.values()), "runs": list(own)}
+    return {
+        "identity": _identity(study),
+        "cells": [cells[number] for number in range(len(cells))],
+        "runs": {
+            name: {
+                "type": f"{type(spec).__module__}:{type(spec).__qualname__}",
+                "spec": spec.model_dump(mode="json"),
+                "parents": [key(parent) for parent in spec.parents()],
+            }
+            for name, spec in found.items()
+        },
+    }
+
+
+def profiles() -> list[str]:
+    """Where a study can be computed."""
+    return sorted(path.parent.name for path in (folder() / "profiles").glob("*/config.yaml"))
+
+
+def profile(name: str) -> Path:
+    """The folder of a Snakemake profile. Raises StudyError if there is none, or its executor is not installed."""
+    path = folder() / "profiles" / name
+    if name not in profiles():
+        raise StudyError(f"profile: given {name!r}; allowed: one of {', '.join(profiles())}")
+    executor = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")).get("executor", "local")
+    package = f"snakemake-executor-plugin-{executor}"
+    if executor not in BUILT_IN and importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise StudyError(f"profile {name!r}: Snakemake needs the package {package} for it: pip install {package}")
+    return path
+
+
+def command(planned: Plan, place: Path, dry_run: bool, cores: int | None, quiet: bool) -> list[str]:
+    """The call of Snakemake that does what is planned.
+
+    Its outputs appear whole and are named by their content, so age, interruption and its own records mean nothing; two
+    studies at a time are kept apart by the store's locks.
+    """
+    arguments = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("study.smk"))]
+    arguments += ["--configfile", os.path.relpath(planned.path, project_root())]
+    arguments += ["--profile", str(place), "--workflow-profile", "none", "--rerun-triggers", "mtime", "--keep-going"]
+    arguments += ["--ignore-incomplete", "--keep-incomplete", "--drop-metadata", "--nolock", "--nocolor"]
+    arguments += ["--cores", str(cores)] if cores else []
+    if dry_run:
+        return [*arguments, "--dry-run", "--quiet", "rules", "host", "reason"]
+    return [*arguments, "--quiet", *(["all"] if quiet else ["rules", "host", "reason"])]
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{path}: no plan of a study; `prefdyn study run NAME` makes one, and computes") from error
+
+
+def compute(path: Path, folder: Path) -> None:
+    """Compute one run of the plan in `path` into `folder`, beside its parents.
+
+    On one thread, so that its numbers do not depend on the number of cores. Raises StudyError for a run that was not
+    planned, or whose code or packages are others by now.
+    """
+    planned, key, store = _read_plan(path), folder.name, RunStore(folder.parent)
+    if key not in planned["runs"]:
+        raise StudyError(f"{planned['study']}, {key}: no such run is planned")
+    module, _, kind = planned["runs"][key]["type"].partition(":")
+    spec_class: type[BaseModel] = getattr(importlib.import_module(module), kind)
+    spec = spec_class.model_validate_json(json.dumps(planned["runs"][key]["spec"]))
+    if store.key(spec) != key:
+        raise StudyError(
+            f"{planned['study']}, {key}: code or packages are not those it was planned with; call `study run` again"
+        )
+    torch.set_num_threads(1)
+    store.get(spec)
+
+
+def write_row(path: Path, number: int, store: RunStore) -> None:
+    """Write the row of one cell of the plan in `path`, whose runs are in the store.
+
+    Raises StudyError if the cell is no longer what was planned.
+    """
+    planned = _read_plan(path)
+    study = read(planned["study"])
+    if str(number) not in planned["rows"]:
+        raise StudyError(f"{study.name}, cell {number}: its row is not planned")
+    cell = study.cells[number] if number < len(study.cells) else None
+    if cell is None or settings(cell) != planned["cells"][number]["settings"]:
+        raise StudyError(f"{study.name}, cell {number}: its settings are not those planned; call `study run` again")
+    keep(study, number, row(study, cell, store))
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+
+
+def chosen(study: Study, count: int, seed: int) -> list[int]:
+    """Numbers of up to `count` cells, drawn at random from those whose rows are there with the settings of today.
+
+    Raises StudyError if there are none.
+    """
+    kept = kept_rows(study)
+    usable = [number for number, what in changes(study, kept, lambda _: "").items() if what in ("", "code")]
+    if not usable:
+        why = "their settings have changed since" if kept else "none is computed"
+        raise StudyError(f"{study.name}: there is no cell to check ({why}); `prefdyn study run {study.name}` computes")
+    drawn = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
+    return sorted(usable[i] for i in drawn)
+
+
+def again(study: Study, number: int) -> dict[str, str]:
+    """The row of a cell, all of whose runs are computed anew, in a store of their own and on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            store, cell = RunStore(place), study.cells[number]
+            for spec in specs(study, cell):
+                store.get(spec)
+            return row(study, cell, store)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _verdict(kept: str, now: str, tolerance: Tolerance) -> str:
+    if kept == now:
+        return "identical"
+    if not kept or not now or abs(float(now) - float(kept)) > tolerance.allows(float(kept)):
+        return "differs"
+    return "agrees"
+
+
+def compare(study: Study, number: int, now: Mapping[str, str]) -> list[dict[str, str]]:
+    """What is kept of a cell beside what was found again: dicts of cell, column, kept, now, tolerance and verdict.
+
+    verdict: identical, agrees (not farther apart than the tolerance), or differs.
+    """
+    kept = kept_rows(study)[number]
+    return [
+        {
+            "cell": str(study.cells[number]),
+            "column": column,
+            "kept": kept[column],
+            "now": now[column],
+            "tolerance": shown(study.tolerance(column).allows(float(kept[column] or 0))),
+            "verdict": _verdict(kept[column], now[column], study.tolerance(column)),
+        }
+        for column in study.measures
+    ]
