@@ -171,13 +171,13 @@ SMALL = {
     "ppo_probe": 8,
 }
 SCRATCH = tuple(policy.ARCHITECTURES)
+WORLD = policy.word_tokenizer(EASY.vocabulary())
 
 
 def made(architecture: str, layers: int = 2, width: int = 24, heads: int = 2, seed: int = 0):
     """A model from scratch of the world's words."""
-    tokenizer = policy.word_tokenizer(EASY.vocabulary())
     sizes = {"layers": layers, "width": width, "heads": heads, "context": 52, "seed": seed}
-    return policy.scratch_model(tokenizer, architecture=architecture, **sizes)
+    return policy.scratch_model(WORLD, architecture=architecture, **sizes)
 
 
 def test_parameters_allow_what_can_be_made():
@@ -195,7 +195,7 @@ def test_models_from_scratch_have_the_sizes_that_are_asked_for(architecture):
     model = made(architecture, layers=3)
     gated = architecture in ("llama", "qwen3")
     ends = [embeddings.weight for embeddings in (model.get_input_embeddings(), model.get_output_embeddings())]
-    assert ends[0] is not ends[1] and all(end.shape == (144, 24) for end in ends)
+    assert ends[0] is not ends[1] and all(end.shape == (len(WORLD), 24) for end in ends)
     outside = {id(end) for end in ends} | {id(p) for name, p in model.named_parameters() if "wpe" in name}
     inner = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outside)
     assert inner == 3 * (16 if gated else 12) * 24**2

@@ -401,7 +401,8 @@ def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
     assert base["C1a"] != 0 and changed["C1a"] != base["C1a"]
     again = {f.rule.name: f.evidence for f in sensitivity.sensitivity(store, P, "kl")}
     assert again["C1a"] == base["C1a"]  # DPO knows nothing of PPO's coefficient
-    assert {n for n, v in found.items() if v != "not run"} == {"C1a", "C3a", "C3b", "C4a", "C4b"}  # raw G alone
+    raw = {"C1a", "C3a", "C3b", "C4a", "C4b", "S1a", "S2a", "S2b", "S2c"}
+    assert {n for n, v in found.items() if v != "not run"} == raw
 
 
 def test_alternatives_change_one_setting_each():

@@ -14,6 +14,7 @@ from prefdyn.lab.runs import RunStore
 from prefdyn.lab.worlds import EASY, HARD
 
 SMALL = {
+    "max_response": 28,
     "profile": "smoke",
     "pairs": 24,
     "check": 8,
@@ -82,7 +83,8 @@ def test_variety_of_other_texts_by_hand():
 @pytest.mark.parametrize("kind", ["sft", "dpo", "ppo"])
 def test_a_run_is_asked_at_every_checkpoint(store, tmp_path, kind):
     """Each row is the variety of replies of that step's policy at temperature 1, whatever it was trained at."""
-    p = check(SMALL | {"iterations": 2, "rollouts": 8, "ppo_batch": 4, "temperature": 0.7})
+    given = {"iterations": 2, "rollouts": 8, "ppo_batch": 4, "temperature": 0.7}
+    p = check(SMALL | {"difficulty": "easy"} | given)
     run = plan.sft_run(p, 0) if kind == "sft" else plan.run(p, 0, kind)
     spec, ticks = plan.exploration_run(p, run), []
     store.get(run)

@@ -110,11 +110,11 @@ def test_prompts_are_drawn_too():
     """All seeds answer alike, one prompt of four is far off: seeds alone would leave every draw as it is."""
     y = np.tile([1.0, 1.1, 1.2, -8.0], (3, 1)) + 0.01 * np.arange(3)[:, None]
     by_prompt = rule("C1a", crossed, columns=("seed", "index", "x"))
-    (share,) = {firmness.firmness([by_prompt], answers(y), draws=200)[name] for name in ("C1a", "C1")}
+    (share,) = {firmness.firmness([by_prompt], answers(y), draws=120)[name] for name in ("C1a", "C1")}
     # without the last prompt, (3/4)^4 = 0.32 of draws, an interval lies above 0; one seed alone, 1/9, is undecided
     assert claims.apply_rule(by_prompt, answers(y)["values",]).verdict == "undecided"
-    assert share == pytest.approx(1 - 0.32 * 8 / 9, abs=0.1)
-    assert firmness.firmness([by_prompt], answers(y[:, :3]), draws=200)["C1a"] == pytest.approx(8 / 9, abs=0.07)
+    assert share == pytest.approx(1 - 0.32 * 8 / 9, abs=0.13)
+    assert firmness.firmness([by_prompt], answers(y[:, :3]), draws=120)["C1a"] == pytest.approx(8 / 9, abs=0.09)
 
 
 def test_the_same_prompts_for_all_seeds_and_rules():
@@ -183,6 +183,24 @@ def test_rules_of_the_ledger_can_be_drawn():
     shares = firmness.firmness(rules, tables, draws=12)
     known = {name: share for name, share in shares.items() if share is not None}
     assert known.keys() >= {rule.name for rule in rules} and all(0 <= share <= 1 for share in known.values())
+
+
+def test_what_a_share_can_claim():
+    """Five new seeds give a decided verdict again less often than draws of the five old ones do.
+
+    80 sets of seeds, effects 0 to 4: about 93% of those with a share of 0.99 or more, one deviation 1.6%.
+    """
+    rng, found = np.random.default_rng(0), []
+    for effect in np.linspace(0, 4, 80):
+        x = rng.normal(effect, size=5)
+        new = rng.normal(effect, size=(4_000, 5, 1))
+        if stats.mean_interval(x).above_zero:
+            own = rule("C1a", lambda t: stats.mean_interval(t["x"]))
+            share = firmness.firmness([own], values(*x), draws=50)["C1a"]
+            found.append((share, (new.mean((1, 2)) > paired.half_width(new)).mean()))
+    share, again = np.array(found).T
+    firm = share >= 0.99
+    assert 0.88 < again[firm].mean() < 0.98 and again[~firm].mean() < 0.85 and share.mean() > again.mean()
 
 
 def test_what_cannot_be_drawn_is_refused():

@@ -114,7 +114,7 @@ def test_a_checkpoint_is_read_once_to_plan_all_runs_of_a_chapter(checkpoint, mon
 
 def test_demonstrators_that_a_reader_changes_are_those_of_the_run(store, monkeypatch):
     """Set in the notebook, as an exercise invites to: the run of this world, not the kept one of another."""
-    p = check(SMALL | {"demonstrations": 64, "width": 16})
+    p = check(SMALL | {"difficulty": "easy", "demonstrations": 64, "width": 16})
     before = plan.sft_run(p, 0)
     monkeypatch.setitem(world.SKILLS, "novice", {"share": 1.0, "habit": 0.0, "slip": 0.05})
     monkeypatch.setattr(world, "SKILLS", {"novice": world.SKILLS["novice"]})
@@ -151,7 +151,7 @@ import sys
 from prefdyn.book import plan
 from prefdyn.book.params import check
 from prefdyn.lab.runs import RunStore
-print(RunStore(sys.argv[1]).key(plan.sft_run(check({"profile": "smoke", "model": "org/name"}), 0)))
+print(RunStore(sys.argv[1]).key(plan.sft_run(check({"profile": "smoke", "model": "org/name", "max_response": 28}), 0)))
 """
 
 

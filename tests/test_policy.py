@@ -408,6 +408,16 @@ def test_sampling_depends_on_the_seed_alone(policy_and_tokenizer):
         policy.generate(model, prompts, **settings | {"temperature": -1})
 
 
+def test_greedy_and_sampled_replies_in_one_batch_are_those_of_two(policy_and_tokenizer):
+    model, _ = policy_and_tokenizer
+    settings = {"max_response": 6, "ends": (1,), "pad_id": 0, "seed": 3}
+    prompts = [[5, 6], [7], [4, 8]] * 4
+    greedy = policy.generate(model, prompts, **settings)
+    sampled = policy.generate(model, prompts, temperature=1.0, **settings)
+    both = policy.generate(model, prompts + prompts, temperature=[0.0] * 12 + [1.0] * 12, **settings)
+    assert both == greedy + sampled and greedy != sampled
+
+
 def test_entropy_and_kl_by_hand(double):
     """p = (1/4, 3/4), q = (1/2, 1/2): H = log 4 - 3/4 log 3 and KL = log 2 - H, at each of two tokens."""
     model, reference = Table([[0.0, math.log(3)]] * 2), Table([[0.0, 0.0]] * 2)

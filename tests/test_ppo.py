@@ -21,6 +21,7 @@ from toys.models import random_batch, tiny_policy
 
 # 10 rollouts in minibatches of 4, 4 and 2, twice; checkpoints at 4 * (i / 2)^1.5 = 0, 1.4, 4.
 SMALL = {
+    "difficulty": "easy",
     "profile": "smoke",
     "pairs": 48,
     "check": 16,

@@ -36,7 +36,8 @@ SMALL = {
     "choice_probe": 48,
     "lr": 5e-3,
 }
-WORLD = check(SMALL)
+EASILY = SMALL | {"difficulty": "easy"}
+WORLD = check(EASILY)
 TABLES = ("steps", "checkpoints", "replies")
 
 
@@ -235,7 +236,7 @@ def test_tokens_of_a_large_probe_are_those_of_its_first_examples(store, measured
 @pytest.mark.parametrize("noise", [0.0, 0.4])
 def test_dpo_trains_on_the_pairs_as_they_are_labelled(store, noise):
     """The policy before the first step is SFT's: the likelihoods in the log are those of the labelled responses."""
-    p = check(SMALL | {"label_noise": noise, "held_out": 10, "epochs": 1.0})
+    p = check(EASILY | {"label_noise": noise, "held_out": 10, "epochs": 1.0})
     spec = plan.run(p, 0, "dpo")
     rows = EASY.pairs(EASY.split_prompts(0, 8, 10)["train"], 48, noise, seed=0)
     assert any(row["flipped"] for row in rows) == (noise > 0)
@@ -461,7 +462,8 @@ def test_a_checkpoint_by_path_is_used_as_it_is(tmp_path, kind):
     model, tokenizer = kind()
     policy.save(model, tokenizer, tmp_path / "checkpoint")
     given = {name: value for name, value in FILE.items() if name not in ("vocab_size", "width")}  # it has its own
-    p = check(given | {"model": str(tmp_path / "checkpoint"), "sft_steps": 0, "epochs": 1.0, "sft_batch": 10_000})
+    given |= {"model": str(tmp_path / "checkpoint"), "max_response": 28}
+    p = check(given | {"sft_steps": 0, "epochs": 1.0, "sft_batch": 10_000})
     store = RunStore(tmp_path / "runs")
     sft = store.get(plan.sft_run(p, seed=0))
     kept, _ = recipes.final_policy(sft)

@@ -19,6 +19,7 @@ from toys.models import Table, build, lift_float32, random_batch
 
 # checkpoints at 2 * (i / 2)^1.5 = 0, 0.7, 2 for PPO, and likewise at 0, 2, 6 for DPO
 SMALL = {
+    "max_response": 28,
     "profile": "smoke",
     "pairs": 24,
     "check": 20,

@@ -13,4 +13,5 @@ __all__ = [
     "studies",
     "survey",
     "variants",
+    "workflow",
 ]  # rooms, imported one by one

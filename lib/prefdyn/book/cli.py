@@ -20,9 +20,9 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient.exceptions import DeadKernelError
 from traitlets import default
 
-from ..findings import reference
+from ..findings import claims, firmness, reference
 from ..lab.runs import RunStore, project_root, versions
-from . import page, params, studies, survey
+from . import page, params, studies, survey, workflow
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
 runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
@@ -283,10 +283,17 @@ def data(
         typer.echo(line)
 
 
-def _reference_paths(profile: str) -> tuple[Path, Path]:
+LEDGER = "08-ledger"  # the chapter that leaves the rules' intervals
+
+
+def _reference_paths(profile: str, second: bool = False) -> tuple[Path, Path]:
     """The file of reference results of a profile, and the folder of the numbers that executed chapters leave."""
     root = book_folder()
-    return root / "data" / "reference" / f"{profile}.json", root / "book" / "_values"
+    return reference.path(root, profile, second), root / "book" / "_values"
+
+
+def _intervals(values: Path) -> reference.Intervals:
+    return reference.intervals(values, LEDGER, [rule.name for rule in claims.RULES])
 
 
 def _edition(folder: Path) -> str:
@@ -310,15 +317,26 @@ def _edition(folder: Path) -> str:
 
 
 @app.command("reference")
-def write_reference() -> None:
+def write_reference(
+    second: Annotated[
+        bool, typer.Option("--second", help="as what a second machine said, beside the reference")
+    ] = False,
+) -> None:
     """Write the numbers of the executed chapters, with their seeds, and verdicts as reference results of a profile."""
     profile = _edition(_reference_paths("")[1])
-    path, values = _reference_paths(profile)
+    path, values = _reference_paths(profile, second)
     numbers = reference.collect(values)
     verdicts = reference.verdicts(values)
     known = {"profile": profile, "versions": versions(), "numbers": numbers, "verdicts": verdicts}
+    known |= {"intervals": _intervals(values)}
     _replace(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
     typer.echo(f"{len(numbers)} numbers and {len(verdicts)} verdicts written to {os.path.relpath(path)}")
+
+
+def _edges(kept: reference.Intervals, now: reference.Intervals) -> list[str]:
+    """Rules of which an end of the reference's interval is nearer to the threshold than it is to the end now."""
+    shifts = firmness.shifts(kept, now)
+    return [name for name, shift in shifts.items() if firmness.near(kept[name], claims.find(name).threshold, shift)]
 
 
 @app.command()
@@ -341,8 +359,11 @@ def verify(
     counts = table["status"].value_counts()
     typer.echo(f"of {len(table)} numbers: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
     turned = reference.turned(known["verdicts"], reference.verdicts(values))
+    edges = _edges(known.get("intervals", {}), _intervals(values))
     for name, (then, now) in turned.items():
-        typer.echo(f"turned    {name}: reference {then!r}, now {now!r}")
+        near = sorted(rule for rule in edges if name == f"{LEDGER}:{claims.find(rule).claim}")
+        why = f" ({', '.join(near)} on the edge)" if near else ""
+        typer.echo(f"turned    {name}: reference {then!r}, now {now!r}{why}")
     typer.echo(f"of {len(known['verdicts'])} verdicts: {len(turned)} turned")
     if different := {k: v for k, v in versions().items() if known["versions"].get(k) != v}:
         typer.echo(f"versions differ from the reference's: {', '.join(f'{k} {v}' for k, v in different.items())}")
@@ -400,18 +421,17 @@ def run_study(
 ) -> None:
     """Compute the cells of a study that are not in its table; runs that are kept are not computed again."""
     book_folder()
-    study, place = studies.read(name), studies.profile(profile)
-    with studies.alone(name):
-        planned = studies.prepare(study, RunStore())
+    study, place = studies.read(name), workflow.profile(profile)
+    with workflow.alone(name):
+        planned = workflow.prepare(study, RunStore())
         to_do = f"{planned.rows} of {len(study.cells)} cells to do"
         typer.echo(f"{name}: {to_do}; {planned.there} of their {planned.runs} runs are kept")
         if planned.rows:
-            command = studies.command(planned, place, dry_run, cores, quiet=not sys.stderr.isatty())
+            command = workflow.command(planned, place, dry_run, cores, quiet=not sys.stderr.isatty())
             if subprocess.run(command, cwd=project_root()).returncode:
                 there = f"{len(studies.kept_rows(study))} of {len(study.cells)} cells are there"
-                raise CommandError(
-                    f"{name}: {there}; what failed is said above, and the same command goes on from here"
-                )
+                failed = "what failed is said above or in .snakemake/log; the same command goes on from here"
+                raise CommandError(f"{name}: {there}; {failed}")
     if not dry_run:
         typer.echo(studies.table(name))
 
@@ -426,10 +446,10 @@ def check_study(
 
     Exits 1 if a value is farther from the kept one than the study's tolerances allow.
     """
-    study = studies.read(name)
-    found = []
+    study, found = studies.read(name), []
+    typer.echo(studies.table(name))
     for number in studies.chosen(study, cells, seed):
-        rows = studies.compare(study, number, studies.again(study, number))
+        rows = studies.compare(study, number, workflow.again(study, number))
         typer.echo(pd.DataFrame(rows).to_string(index=False))
         found += [row["verdict"] for row in rows]
     counts = ", ".join(f"{found.count(verdict)} {verdict}" for verdict in dict.fromkeys(found))
@@ -444,7 +464,7 @@ PlanFile = Annotated[Path, typer.Argument(help="what was planned")]
 @study_app.command("compute", hidden=True)
 def compute_run(plan: PlanFile, folder: Annotated[Path, typer.Argument(help="of the run in the store")]) -> None:
     """Compute one run of a planned study; Snakemake calls this."""
-    studies.compute(plan, folder)
+    workflow.compute(plan, folder)
 
 
 @study_app.command("row", hidden=True)
@@ -454,7 +474,7 @@ def write_row(
     store: Annotated[Path, typer.Argument(help="where its runs are")],
 ) -> None:
     """Write one row of a planned study; Snakemake calls this."""
-    studies.write_row(plan, number, RunStore(store))
+    workflow.write_row(plan, number, RunStore(store))
 
 
 def _is_ours(error: Exception) -> bool:

@@ -34,12 +34,22 @@ def _true_reward(p: Parameters) -> None:
         raise NotRun("it needs the true reward, which this dataset does not have")
 
 
+def _plain(p: Parameters, *methods: str) -> dict:
+    """The runs of methods as the parameters have them, {(method, seed): spec}; of demonstrations, the SFT runs."""
+    taught = {method: registry.find(method).takes == "demonstrations" for method in methods}
+    return {
+        (method, seed): plan.sft_run(p, seed) if taught[method] else plan.run(p, seed, method)
+        for method in methods
+        for seed in p.seeds
+    }
+
+
 def measured(p: Parameters, method: str, aware: bool = True) -> dict:
     """The measurements of the plain runs of a method on the check probe: {(method, seed): spec}.
 
     aware: the optimiser-aware G too.
     """
-    return {(method, seed): plan.alignment_run(p, plan.run(p, seed, method), "check", aware) for seed in p.seeds}
+    return {key: plan.alignment_run(p, run, "check", aware) for key, run in _plain(p, method).items()}
 
 
 def _measurement(store: RunStore, p: Parameters, method: str, frame: str) -> pd.DataFrame:
@@ -57,10 +67,6 @@ def _parts(p: Parameters, method: str) -> dict:
     return {
         (part, seed): plan.run(p, seed, method, part) for part in ("full", "positive", "negative") for seed in p.seeds
     }
-
-
-def _plain(p: Parameters, *methods: str) -> dict:
-    return {(method, seed): plan.run(p, seed, method) for method in methods for seed in p.seeds}
 
 
 def _both(p: Parameters, *methods: str) -> dict:

@@ -46,7 +46,8 @@ def figure(fig: Figure, name: str, caption: str, alt: str) -> None:
 def say(text: str, **values: Any) -> None:
     """Display Markdown in which {name} stands for a computed value; the values are kept for other pages as shown here.
 
-    Of an `Estimate` the values behind it, one a seed, are kept too: for the comparison with reference results.
+    Of an `Estimate` the values behind it, one a seed, and its interval are kept too: for the comparison with reference
+    results.
 
     A value is a number, an `Estimate` or a text of our own (texts from data belong in `texts`); formats are those of
     `str.format`, e.g. {gain:+.1f}.
@@ -60,6 +61,7 @@ def say(text: str, **values: Any) -> None:
         kept[name] = {"value": plain, "text": format(value, formats.get(name, ""))}
         if isinstance(value, Estimate) and 0 < len(value.values) <= MOST_SEEDS:
             kept[name]["seeds"] = list(value.values)
+            kept[name] |= {"interval": [value.low, value.high]} if np.isfinite(value.low) else {}
     shown = text.format(**values)
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
 

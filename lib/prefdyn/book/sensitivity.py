@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
+from ..findings import firmness, reference
 from ..findings.claims import RULES, Finding, Rule, apply_rule
-from ..lab.runs import RunStore
+from ..lab.runs import RunStore, project_root
 from ..methods import registry
 from .evidence import TABLES, NotRun, measured
-from .params import ParameterError, Parameters
+from .params import ParameterError, Parameters, presets
+
+Tables = dict[tuple[str, ...], pd.DataFrame | Exception]
 
 
 def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> list[Finding]:
@@ -17,8 +20,24 @@ def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
 
     Raises ValueError for a rule whose table is none of TABLES, or lacks a column.
     """
-    tables: dict[tuple[str, ...], pd.DataFrame | Exception] = {}
+    rules = list(rules)
+    tables = read_tables(store, p, rules)
     findings = []
+    for rule in rules:
+        table = tables[rule.table, *rule.methods]
+        if isinstance(table, Exception):
+            findings.append(Finding(rule, None, "not run", str(table)))
+        else:
+            findings.append(apply_rule(rule, table))
+    return findings
+
+
+def read_tables(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> Tables:
+    """The tables that rules read, or why there is none, by (rule.table, *rule.methods); nothing is computed.
+
+    Raises ValueError for a rule whose table is none of TABLES.
+    """
+    tables: Tables = {}
     for rule in rules:
         if rule.table not in TABLES:
             raise ValueError(f"rule {rule.name}: there is no table {rule.table!r}; there are: {', '.join(TABLES)}")
@@ -28,18 +47,33 @@ def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
                 tables[asked] = TABLES[rule.table].read(store, p, *rule.methods)
             except (NotRun, ParameterError) as missing:  # a variant may be impossible with these parameters
                 tables[asked] = missing
-        table = tables[asked]
-        if isinstance(table, Exception):
-            findings.append(Finding(rule, None, "not run", str(table)))
-        else:
-            findings.append(apply_rule(rule, table))
-    return findings
+    return tables
 
 
-def foils(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> dict[str, Finding]:
-    """Rules tried on the methods that should fail them, by the rule's name: as predicted there, it tells nothing."""
-    tried = [dataclasses.replace(rule, methods=rule.foil) for rule in rules if rule.foil]
+def firm(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> dict[str, float | None]:
+    """How firmly verdicts stand, by rule and by claim (`firmness.firmness`), on the runs that there are."""
+    rules = list(rules)
+    tables = read_tables(store, p, rules)
+    there = {asked: table for asked, table in tables.items() if not isinstance(table, Exception)}
+    return firmness.firmness(rules, there)
+
+
+def elsewhere(store: RunStore, p: Parameters, where: str, rules: Iterable[Rule] = RULES) -> dict[str, Finding]:
+    """Rules tried on the methods that their field `where` names ("foil" or "yardstick"), by the rule's name."""
+    named = ((rule, getattr(rule, where)) for rule in rules)
+    tried = [dataclasses.replace(rule, methods=methods) for rule, methods in named if methods]
     return {finding.rule.name: finding for finding in apply_rules(store, p, tried)}
+
+
+def machines(p: Parameters) -> tuple[reference.Intervals, reference.Intervals]:
+    """The rules' intervals on the two machines of the profile's reference results.
+
+    Empty where there are none, or where the parameters are not the profile's own.
+    """
+    if p.model_dump() != presets(p.profile, p.dataset, p.difficulty) | {"dataset": p.dataset}:
+        return {}, {}
+    first, second = (reference.path(project_root(), p.profile, second=second) for second in (False, True))
+    return tuple(reference.read(path).get("intervals", {}) if path.is_file() else {} for path in (first, second))
 
 
 def _world(p: Parameters, changed: dict) -> dict:

@@ -1,23 +1,16 @@
-"""Studies: tables of settings whose runs need hours, read from YAML, computed by Snakemake, kept as small tables.
+"""Studies: tables of settings whose runs need hours; what they ask, what is known of each, and whether it holds.
 
-A study is a file NAME.yaml in data/studies; its table NAME.csv lies beside it, a row a cell. `prepare` plans it, and
-Snakemake (study.smk) calls `compute` for each run and `write_row` for each cell, in processes of their own.
+A study is a file NAME.yaml in data/studies; its table NAME.csv lies beside it, a row a cell. A chapter reads it by
+`table`; `workflow` computes it.
 """
 
-import contextlib
 import csv
 import hashlib
-import importlib
-import importlib.util
-import io
 import itertools
 import json
 import math
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +18,11 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from filelock import FileLock, Timeout
-from pydantic import BaseModel
 
 from ..findings.claims import RULES, Rule
 from ..lab import recipes
 from ..lab.fingerprint import code_fingerprint, modules_of
-from ..lab.runs import Run, RunStore, project_root, versions
-from ..methods import registry
+from ..lab.runs import Run, RunStore, project_root
 from . import params, plan
 from .evidence import TABLES
 from .params import ParameterError, Parameters
@@ -49,7 +39,6 @@ KEYS = {
 }
 AT_THE_END = ("reward_sampled", "reward_greedy", "kl")  # columns of checkpoints, of a method's last one
 PROVENANCE = ("settings", "code", "versions", "hardware", "seconds", "finished")
-BUILT_IN = ("local", "dryrun", "touch")  # Snakemake's own executors; all others are packages
 
 
 class StudyError(ValueError):
@@ -137,9 +126,6 @@ def _measures(rules: Iterable[Rule]) -> tuple[str, ...]:
     methods = dict.fromkeys(method for rule in rules for method in rule.methods)
     ends = [f"{method}_{name}" for method in methods for name in (*AT_THE_END, "best")]
     return (*(rule.name for rule in rules), *ends, "parameters")
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def folder() -> Path:
@@ -261,9 +247,6 @@ def _grid(base: dict, axes: Any, taken: set[str]) -> list[Cell]:
     return cells
 
 
-# --- what a cell needs -----------------------------------------------------------------------------------------------
-
-
 def specs(study: Study, cell: Cell) -> list[recipes.Spec]:
     """What a cell's row is read from: the runs that its rules need and the plain run of each method.
 
@@ -286,10 +269,10 @@ def memo(key: Key) -> Key:
     known: dict[tuple[type, str], str] = {}
 
     def remembered(spec: recipes.Spec) -> str:
-        shown = (type(spec), spec.model_dump_json())
-        if shown not in known:
-            known[shown] = key(spec)
-        return known[shown]
+        asked = (type(spec), spec.model_dump_json())
+        if asked not in known:
+            known[asked] = key(spec)
+        return known[asked]
 
     return remembered
 
@@ -303,23 +286,22 @@ def runs(key: Key, needed: Iterable[recipes.Spec]) -> dict[str, recipes.Spec]:
     return found
 
 
-def _hash(text: str) -> str:
+def digest(text: str) -> str:
+    """A short hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def settings(cell: Cell) -> str:
     """What tells a cell's settings from others: a hash of its parameters, its data and its model."""
     p = cell.parameters
-    made = (plan.data_spec(p, cell.seed), plan.policy_spec(p))
-    return _hash(p.model_dump_json() + "".join(json.dumps(x.model_dump(mode="json", context="identity")) for x in made))
+    made = [plan.data_spec(p, cell.seed), plan.policy_spec(p)]
+    identities = [spec.model_dump(mode="json", context="identity") for spec in made]
+    return digest(p.model_dump_json() + json.dumps(identities))
 
 
 def code(needed: Iterable[recipes.Spec]) -> str:
     """What tells the code of runs from other code, of all that they reach together."""
     return code_fingerprint(*sorted({module for spec in needed for module in modules_of(spec)}))[:12]
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def _end(method: str, checkpoints: pd.DataFrame) -> dict[str, float]:
@@ -379,20 +361,6 @@ def kept_rows(study: Study) -> dict[int, dict[str, str]]:
     return {number: known[number] for number in sorted(known.keys() - {None})}
 
 
-def keep(study: Study, number: int, new: Mapping[str, str]) -> None:
-    """Write the row of cell `number` into the table, which is replaced in one move."""
-    path = folder() / f"{study.name}.csv"
-    with FileLock(_work(study.name).with_suffix(".lock")):
-        rows = kept_rows(study) | {number: new}
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, study.columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[i] for i in sorted(rows))
-        beside = path.with_suffix(".csv.new")
-        beside.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(beside, path)
-
-
 def changes(study: Study, kept: Mapping[int, Mapping[str, str]], now: Callable[[int], str]) -> dict[int, str]:
     """What has changed since rows were written, "" where nothing has: "columns", "settings" or "code", by number.
 
@@ -444,183 +412,14 @@ def table(name: str) -> Table:
     """The table of a study as it is kept; nothing is computed. Raises StudyError for a study that cannot be read."""
     study = read(name)
     kept = kept_rows(study)
-    rows = pd.DataFrame([dict(one) for one in kept.values()], columns=list(study.columns)).fillna("")
+    full = [{column: one.get(column) or "" for column in study.columns} for one in kept.values()]
+    rows = pd.DataFrame(full, columns=list(study.columns), dtype=str)
     for column in (*study.axes, *study.measures, "seconds"):
         numbers = pd.to_numeric(rows[column].replace("", math.nan), errors="coerce")
         if not (numbers.isna() & (rows[column] != "")).any():  # a label such as "0.1M" is no number
             rows[column] = numbers
     today = code_today(study) if kept else ""
     return Table(study, rows, tuple(changes(study, kept, lambda number: today).values()))
-
-
-# --- computing -------------------------------------------------------------------------------------------------------
-
-
-def _work(name: str) -> Path:
-    """What Snakemake needs for a study: this file, what was planned; beside it its marks in NAME/, and locks."""
-    path = project_root() / ".snakemake" / "studies" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@contextlib.contextmanager
-def alone(name: str) -> Iterator[None]:
-    """Inside, no other process plans or computes the study. Raises StudyError if one does."""
-    try:
-        with FileLock(_work(name).with_suffix(".running"), timeout=0):
-            yield
-    except Timeout as error:
-        raise StudyError(f"{name}: another process is computing it; wait for that one, or stop it") from error
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done: rows to write, runs that they rest on, and how many of these the store has."""
-
-    path: Path
-    rows: int
-    runs: int
-    there: int
-
-
-def prepare(study: Study, store: RunStore) -> Plan:
-    """Plan the cells whose rows are not there, or not of today's settings and code, and write it down for Snakemake."""
-    path, root, kept = _work(study.name), project_root(), kept_rows(study)
-    known = _known(study, path) or _all_runs(study, store)
-    cells = known["cells"]
-    changed = changes(study, kept, lambda number: cells[number]["code"])
-    rows = {str(number): cells[number]["runs"] for number in range(len(cells)) if changed.get(number) != ""}
-    inside = store.root.resolve().is_relative_to(root.resolve())
-    place = {
-        "study": study.name,
-        "store": os.path.relpath(store.root, root) if inside else str(store.root.resolve()),
-        "marks": os.path.relpath(path.with_suffix(""), root),
-        "rows": rows,
-    }
-    path.write_text(json.dumps(known | place), encoding="utf-8")
-    for mark in path.with_suffix("").glob("*"):  # the table alone says which rows are there
-        mark.unlink()
-    asked = {key for keys in rows.values() for key in keys}
-    return Plan(path, len(rows), len(asked), sum((store.root / key).is_dir() for key in asked))
-
-
-def _identity(study: Study) -> str:
-    """What all keys of a study follow from: its cells and rules, the library's code and the versions of packages."""
-    library = code_fingerprint(__name__, *map(registry.module_of, study.methods))
-    rules = [rule.name for rule in study.rules]
-    return _hash(json.dumps([library, versions(), rules, *map(settings, study.cells)]))
-
-
-def _known(study: Study, path: Path) -> dict[str, Any] | None:
-    """The runs of all cells as they were planned before, if they would be planned alike now."""
-    with contextlib.suppress(OSError, ValueError):
-        planned = json.loads(path.read_text(encoding="utf-8"))
-        if planned.get("identity") == _identity(study):
-            return planned
-    return None
-
-
-def _all_runs(study: Study, store: RunStore) -> dict[str, Any]:
-    """The runs of all cells, for the file of a plan.
-
-    Returns identity; cells, in order, each with its settings, its code and the keys of its runs; runs by their keys,
-    parents first, each with its type, its spec and the keys of its parents.
-    """
-    key, cells, found = memo(store.key), {}, {}
-    for number in sorted(range(len(study.cells)), key=lambda i: study.cells[i].seed):  # a seed's data are made once
-        own = runs(key, specs(study, study.cells[number]))
-        found |= own
-        cells[number] = {"settings": settings(study.cells[number]), "code": code(own.values()), "runs": list(own)}
-    return {
-        "identity": _identity(study),
-        "cells": [cells[number] for number in range(len(cells))],
-        "runs": {
-            name: {
-                "type": f"{type(spec).__module__}:{type(spec).__qualname__}",
-                "spec": spec.model_dump(mode="json"),
-                "parents": [key(parent) for parent in spec.parents()],
-            }
-            for name, spec in found.items()
-        },
-    }
-
-
-def profiles() -> list[str]:
-    """Where a study can be computed."""
-    return sorted(path.parent.name for path in (folder() / "profiles").glob("*/config.yaml"))
-
-
-def profile(name: str) -> Path:
-    """The folder of a Snakemake profile. Raises StudyError if there is none, or its executor is not installed."""
-    path = folder() / "profiles" / name
-    if name not in profiles():
-        raise StudyError(f"profile: given {name!r}; allowed: one of {', '.join(profiles())}")
-    executor = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")).get("executor", "local")
-    package = f"snakemake-executor-plugin-{executor}"
-    if executor not in BUILT_IN and importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise StudyError(f"profile {name!r}: Snakemake needs the package {package} for it: pip install {package}")
-    return path
-
-
-def command(planned: Plan, place: Path, dry_run: bool, cores: int | None, quiet: bool) -> list[str]:
-    """The call of Snakemake that does what is planned.
-
-    Its outputs appear whole and are named by their content, so age, interruption and its own records mean nothing; two
-    studies at a time are kept apart by the store's locks.
-    """
-    arguments = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("study.smk"))]
-    arguments += ["--configfile", os.path.relpath(planned.path, project_root())]
-    arguments += ["--profile", str(place), "--workflow-profile", "none", "--rerun-triggers", "mtime", "--keep-going"]
-    arguments += ["--ignore-incomplete", "--keep-incomplete", "--drop-metadata", "--nolock", "--nocolor"]
-    arguments += ["--cores", str(cores)] if cores else []
-    if dry_run:
-        return [*arguments, "--dry-run", "--quiet", "rules", "host", "reason"]
-    return [*arguments, "--quiet", *(["all"] if quiet else ["rules", "host", "reason"])]
-
-
-def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{path}: no plan of a study; `prefdyn study run NAME` makes one, and computes") from error
-
-
-def compute(path: Path, folder: Path) -> None:
-    """Compute one run of the plan in `path` into `folder`, beside its parents.
-
-    On one thread, so that its numbers do not depend on the number of cores. Raises StudyError for a run that was not
-    planned, or whose code or packages are others by now.
-    """
-    planned, key, store = _read_plan(path), folder.name, RunStore(folder.parent)
-    if key not in planned["runs"]:
-        raise StudyError(f"{planned['study']}, {key}: no such run is planned")
-    module, _, kind = planned["runs"][key]["type"].partition(":")
-    spec_class: type[BaseModel] = getattr(importlib.import_module(module), kind)
-    spec = spec_class.model_validate_json(json.dumps(planned["runs"][key]["spec"]))
-    if store.key(spec) != key:
-        raise StudyError(
-            f"{planned['study']}, {key}: code or packages are not those it was planned with; call `study run` again"
-        )
-    torch.set_num_threads(1)
-    store.get(spec)
-
-
-def write_row(path: Path, number: int, store: RunStore) -> None:
-    """Write the row of one cell of the plan in `path`, whose runs are in the store.
-
-    Raises StudyError if the cell is no longer what was planned.
-    """
-    planned = _read_plan(path)
-    study = read(planned["study"])
-    if str(number) not in planned["rows"]:
-        raise StudyError(f"{study.name}, cell {number}: its row is not planned")
-    cell = study.cells[number] if number < len(study.cells) else None
-    if cell is None or settings(cell) != planned["cells"][number]["settings"]:
-        raise StudyError(f"{study.name}, cell {number}: its settings are not those planned; call `study run` again")
-    keep(study, number, row(study, cell, store))
-
-
-# --- checking --------------------------------------------------------------------------------------------------------
 
 
 def chosen(study: Study, count: int, seed: int) -> list[int]:
@@ -635,20 +434,6 @@ def chosen(study: Study, count: int, seed: int) -> list[int]:
         raise StudyError(f"{study.name}: there is no cell to check ({why}); `prefdyn study run {study.name}` computes")
     drawn = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()[:count]
     return sorted(usable[i] for i in drawn)
-
-
-def again(study: Study, number: int) -> dict[str, str]:
-    """The row of a cell, all of whose runs are computed anew, in a store of their own and on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as place:
-            store, cell = RunStore(place), study.cells[number]
-            for spec in specs(study, cell):
-                store.get(spec)
-            return row(study, cell, store)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _verdict(kept: str, now: str, tolerance: Tolerance) -> str:

@@ -3,7 +3,9 @@
 __all__ = [
     "ablations",
     "claims",
+    "coverage",
     "explore",
+    "firmness",
     "measure",
     "paired",
     "prediction",

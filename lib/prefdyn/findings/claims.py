@@ -145,6 +145,7 @@ class Rule:
     table named `table` of `methods`, of which it reads `columns`. predicted: the side of `threshold` on which the
     interval must lie. figure: chapter and figure that show it. since: the day on which the rule was written. foil: the
     methods on which the claim would have it fail; a rule that comes out as predicted there too tells nothing apart.
+    yardstick: those on which it would have it hold.
     """
 
     claim: str
@@ -160,6 +161,7 @@ class Rule:
     figure: str
     since: str = FIRST
     foil: tuple[str, ...] = ()
+    yardstick: tuple[str, ...] = ()
 
 
 G = ("seed", "step", "component")
@@ -187,18 +189,19 @@ RULES = (
         "C1", "C1a", "G of DPO is surely positive at nearly every checkpoint (share)",
         "stable targets: each update points at where training ends; nearly every is more than four in five",
         "G", ("dpo",), (*G, "g", "se"), _surely_positive("g", "se"), "above", SURE, "02-targets#fig-g", foil=("ppo",),
+        yardstick=("sft",),
     ),
     Rule(
         "C1", "C1b", "so is the optimiser-aware G (share)",
         "G speaks of gradient descent; the claim is about the updates that AdamW makes",
         "G", ("dpo",), (*G, "g_opt", "se_opt"), _surely_positive("g_opt", "se_opt"), "above", SURE, "02-targets#fig-g",
-        foil=("ppo",),
+        foil=("ppo",), yardstick=("sft",),
     ),
     Rule(
         "C1", "C1c", "cosine with the final responses above that with responses to other prompts",
         "else the targets would be no more than the style that all replies share",
         "choices of D'", ("dpo",), ("seed", "choice", "cosine"), _above_floor, "above", 0.0, "02-targets#fig-choices",
-        foil=("ppo",),
+        foil=("ppo",), yardstick=("sft",),
     ),
     Rule(
         "C2", "C2a", "DPO's G is sure of its sign more often than PPO's, at equal numbers of sequences (difference)",
@@ -412,6 +415,11 @@ RULES = (
         SMALL_DISTANCE, "04-reweighting#fig-sizes", since=SECOND,
     ),
 )  # fmt: skip
+
+
+def find(name: str) -> Rule:
+    """The rule of this name. Raises KeyError."""
+    return {rule.name: rule for rule in RULES}[name]
 
 
 @dataclass(frozen=True)

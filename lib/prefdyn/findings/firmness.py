@@ -27,19 +27,22 @@ def firmness(
     as two. Where a table has the column `index`, prompts are drawn likewise, the same for all seeds. On what is drawn
     the rules are measured and judged, and claims by all of their rules, as on the whole data.
 
-    How to read it. Of n seeds drawn with replacement the variance is (n - 1) / n of theirs on average (4/5 for five
-    seeds, 1/2 for two), so that the drawn intervals are too narrow, and draws too often sure. A draw in which all seeds
-    are one has no spread at all, and is judged as the one seed that it is: no interval, every rule undecided. It
-    comes up once in n^(n-1) draws: a verdict that is not "undecided" or "inconclusive" reaches at most 1/2 with two
-    seeds, 8/9 with three, 624/625 with five, and a share of 1 with an undecided rule of two seeds says nothing but that
-    there are two. Where seeds and prompts are both drawn, the scatter of single replies counts three times over: *The
-    pigeonhole bootstrap*, Owen, 2007, https://doi.org/10.1214/07-AOAS122. A draw in which a measure is not known
-    counts as another verdict. With 100 draws a share is known to 0.05 (one standard error) or better.
+    A draw in which all seeds are one has no spread, and is judged as the one seed that it is: no interval, every rule
+    undecided. It comes up once in n^(n-1) draws: of many draws a verdict other than "undecided" and "inconclusive" can
+    be that of 1/2 at most with two seeds, 8/9 with three, 624/625 with five, and two seeds that decide nothing stay
+    undecided in every draw. A draw in which a measure is not known counts as another verdict.
 
-    Args: tables, (rule.table, *rule.methods) -> what the rule reads, with the column seed. draws, at least 1; seed, of
-    the random numbers. Returns shares by name of a rule and by claim. A rule without a table, with one seed, or that
-    measures what is not known here, is left out, and its claim is None. Raises ValueError for a missing column, or
-    where two tables of a claim have other seeds.
+    A share is no probability that new seeds give the same verdict: it is larger. Of n seeds drawn with replacement the
+    variance is (n - 1) / n of theirs on average, 4/5 for five, so that draws differ less, and are surer, than new seeds
+    would be. By simulation (a value a seed, normal; true effects from -4 to 4 standard deviations alike), five new
+    seeds repeat a decided verdict in 93% where its share is 0.99 or more, in 78% where it is 0.9 to 0.99, in 67% where
+    it is 0.5 to 0.9. Where prompts are drawn too, the scatter of single replies counts up to three times (2.5 times for
+    five seeds): *The pigeonhole bootstrap*, Owen, 2007, https://doi.org/10.1214/07-AOAS122.
+
+    Args: tables, (rule.table, *rule.methods) -> what the rule reads, with the column seed. draws, at least 1: with 100
+    a share is known to 0.05 (one standard error) or better. seed, of the random numbers. Returns shares by name of a
+    rule and by claim. A rule without a table, with one seed, or that measures what is not known here, is left out, and
+    its claim is None. Raises ValueError for a missing column, or where two tables of a claim have other seeds.
     """
     if draws < 1:
         raise ValueError(f"firmness: draws={draws}; at least 1 is needed")
@@ -195,4 +198,9 @@ def on_the_edge(finding: Finding, shift: float) -> bool:
     """
     if finding.found is None or not math.isfinite(finding.found.low):
         return False
-    return any(abs(end - finding.rule.threshold) < shift for end in (finding.found.low, finding.found.high))
+    return near({"low": finding.found.low, "high": finding.found.high}, finding.rule.threshold, shift)
+
+
+def near(interval: Mapping[str, Any], threshold: float, shift: float) -> bool:
+    """The same of an interval as `intervals` has it."""
+    return any(abs(interval[end] - threshold) < shift for end in ("low", "high"))

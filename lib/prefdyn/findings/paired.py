@@ -40,15 +40,16 @@ def by_seed_and_prompt(table: pd.DataFrame, value: str) -> np.ndarray:
     require_columns(table, ["seed", "index", value])
     if table.empty:
         raise ValueError("by_seed_and_prompt: the table is empty")
-    if (twice := table.duplicated(["seed", "index"])).any():
-        seed, index = table.loc[twice, ["seed", "index"]].iloc[0]
-        raise ValueError(f"by_seed_and_prompt: seed {seed} has prompt {index} more than once")
-    seeds, prompts = (sorted(table[column].unique()) for column in ("seed", "index"))
-    cells = table.set_index(["seed", "index"])[value]
-    full = pd.MultiIndex.from_product([seeds, prompts])
-    if len(missing := full[~full.isin(cells.index)]):
-        raise ValueError("by_seed_and_prompt: seed {} misses prompt {}, which another seed has".format(*missing[0]))
-    return cells.reindex(full).to_numpy(float).reshape(len(seeds), len(prompts))
+    (seeds, row), (prompts, column) = (np.unique(table[level], return_inverse=True) for level in ("seed", "index"))
+    there = np.zeros((len(seeds), len(prompts)), int)
+    np.add.at(there, (row, column), 1)
+    for s, p in np.argwhere(there > 1)[:1]:
+        raise ValueError(f"by_seed_and_prompt: seed {seeds[s]} has prompt {prompts[p]} more than once")
+    for s, p in np.argwhere(there == 0)[:1]:
+        raise ValueError(f"by_seed_and_prompt: seed {seeds[s]} misses prompt {prompts[p]}, which another seed has")
+    y = np.empty(there.shape)
+    y[row, column] = table[value]
+    return y
 
 
 def _matrix(y, name: str) -> np.ndarray:

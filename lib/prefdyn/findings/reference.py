@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def verdicts(folder: Path) -> dict[str, str]:
     kept = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     found = {f"{chapter}:{name}": one.get("value") for chapter, values in kept.items() for name, one in values.items()}
     return {name: value for name, value in found.items() if isinstance(value, str) and value in VERDICTS}
+
+
+Intervals = dict[str, dict[str, Any]]  # of rules, as `firmness.intervals` has them
+
+
+def path(root: Path, profile: str, second: bool = False) -> Path:
+    """Where the reference results of a profile are, or those of a second machine."""
+    return root / "data" / "reference" / f"{profile}{'-second' if second else ''}.json"
+
+
+def intervals(folder: Path, chapter: str, names: Iterable[str]) -> Intervals:
+    """The intervals of rules that an executed chapter left in `folder`, as `firmness.intervals` has them."""
+    path = folder / f"{chapter}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {
+        name: {"mean": one["value"], "low": one["interval"][0], "high": one["interval"][1], "n": len(one["seeds"])}
+        | {"values": one["seeds"]}
+        for name, one in ((name, kept.get(name, {})) for name in names)
+        if "interval" in one
+    }
 
 
 def turned(reference: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str, str]]:

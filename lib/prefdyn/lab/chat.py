@@ -135,8 +135,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) ->
     Where there is no template, the plain layout after what the tokenizer begins a text with. Raises ChatError, and
     ValueError for a tokenizer whose templates cannot be used.
     """
+    return [list(ids) for ids in _ids_of(tokenizer, _template(tokenizer), tuple(prompts))]
+
+
+@functools.lru_cache(maxsize=32)  # the prompts of an evaluation are asked for at every checkpoint
+def _ids_of(tokenizer: PreTrainedTokenizerBase, template: str | None, prompts: tuple[Prompt, ...]) -> list[list[int]]:
+    """`prompt_ids` of a tokenizer with this template."""
     marked = [[(role, _mark(tokenizer, content)) for role, content in turns(prompt)] for prompt in prompts]
-    if _template(tokenizer):
+    if template:
         return _encode(tokenizer, [_rendered_prompt(tokenizer, conversation) for conversation in marked])
     begin = _beginning(tokenizer)
     return [begin + ids for ids in _encode(tokenizer, [_plain(conversation) for conversation in marked])]

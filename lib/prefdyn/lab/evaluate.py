@@ -28,10 +28,10 @@ def reply(
     *,
     max_prompt: int,
     max_response: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts and of the policy's replies to them, greedy by default.
+    """Token ids of the prompts and of the policy's replies to them, greedy by default (see `generate`).
 
     Of a longer prompt the last `max_prompt` tokens are kept; a reply ends where the model's turn does (`chat.ends`).
     """
@@ -76,8 +76,10 @@ def evaluate(
     """
     prompts = dataset.prompts[part]
     limits = {"max_prompt": max_prompt, "max_response": max_response}
-    _, greedy = reply(model, tokenizer, prompts, **limits)
-    asked, sampled = reply(model, tokenizer, prompts, temperature=1.0, seed=seed, **limits)
+    n = len(prompts)
+    heat = [0.0] * n + [1.0] * n  # in one batch: half the steps
+    asked, answers = reply(model, tokenizer, [*prompts, *prompts], temperature=heat, seed=seed, **limits)
+    asked, greedy, sampled = asked[:n], answers[:n], answers[n:]
     greedy_texts = decode(tokenizer, greedy)
     greedy_rewards = rewards(dataset, prompts, greedy_texts)
     sampled_rewards = rewards(dataset, prompts, decode(tokenizer, sampled))

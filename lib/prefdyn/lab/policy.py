@@ -342,18 +342,20 @@ def generate(
     max_response: int,
     ends: Sequence[int],
     pad_id: int,
-    temperature: float = 0.0,
+    temperature: float | Sequence[float] = 0.0,
     seed: int = 0,
     size: int = 512,
 ) -> list[list[int]]:
     """Responses to `prompts` (token ids) through a key-value cache: greedy at temperature 0, else sampled.
 
-    Each response ends with the first of `ends` (ids) unless it reached `max_response` tokens. Sampling uses a generator
-    of its own seeded with `seed`; results depend on the chunk size `size` only through the order of its draws.
+    temperature: of all responses, or one for each. Each response ends with the first of `ends` (ids) unless it reached
+    `max_response` tokens. Sampling uses a generator of its own seeded with `seed`; results depend on the chunk
+    size `size` only through the order of its draws.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or positive")
     device = model.device
+    heat = torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(len(prompts))
+    if bool((heat < 0).any()):
+        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or positive")
     rng = torch.Generator(device).manual_seed(seed)
     last = torch.tensor(list(ends), device=device)
     out: list[list[int]] = []
@@ -364,6 +366,8 @@ def generate(
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk], device=device)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         done = torch.zeros(len(chunk), dtype=torch.bool, device=device)
+        hot = heat[start : start + size]
+        drawn = (hot > 0).nonzero().squeeze(-1)
         cache, steps = None, []
         for _ in range(max_response):
             result = model(
@@ -375,10 +379,10 @@ def generate(
                 logits_to_keep=1,
             )
             cache, logits = result.past_key_values, result.logits[:, -1].float()
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng).squeeze(-1)
+            token = logits.argmax(-1)
+            if len(drawn):
+                odds = (logits[drawn] / hot[drawn, None]).softmax(-1)
+                token[drawn] = torch.multinomial(odds, 1, generator=rng).squeeze(-1)
             token = token.masked_fill(done, pad_id)
             steps.append(token)
             done = done | torch.isin(token, last)
