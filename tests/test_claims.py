@@ -1,5 +1,6 @@
 """The ledger: planted effects flip verdicts as the rules say, missing runs are "not run", nothing is computed."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -385,6 +386,45 @@ def test_removing_a_run_turns_its_claims_into_not_run(store, tmp_path):
 
 def test_other_parameters_find_no_runs_of_these(store):
     assert ledger(apply_rules(store, P.model_copy(update={"beta": 0.7})))["C3"] == "not run"
+
+
+def test_rules_are_tried_where_they_should_fail_and_where_they_should_hold(store):
+    """The yardstick of C1 is SFT, which has no measurement here; its foil PPO has none either, and says so."""
+    for where, named in (("foil", "ppo"), ("yardstick", "sft")):
+        found = sensitivity.elsewhere(store, P, where)
+        assert found.keys() == {r.name for r in RULES if getattr(r, where)} and "C1a" in found
+        assert found["C1a"].rule.methods == (named,) and found["C1a"].verdict == "not run"
+    sft = evidence.measured(P, "sft")
+    store.ensure(sft.values(), workers=1)
+    assert [spec.run for spec in sft.values()] == [plan.sft_run(P, seed) for seed in P.seeds]
+    tried = sensitivity.elsewhere(store, P, "yardstick")["C1a"]
+    assert tried.found == apply_rule(rule("C1a"), evidence.TABLES["G"].read(store, P, "sft")).found
+
+
+def test_firmness_is_that_of_the_tables_that_there_are(store):
+    shares = sensitivity.firm(store, P, [rule(name) for name in ("C3a", "C2b")])
+    assert 0 <= shares["C3a"] <= 1 and "C2b" not in shares and shares["C2"] is None
+
+
+def test_the_machines_of_other_parameters_have_said_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "reference"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(sensitivity, "project_root", lambda: tmp_path)
+    intervals = {"C1a": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 3, "values": [0.8, 0.9, 1.0]}}
+    known = {"numbers": {}, "verdicts": {}, "intervals": intervals}
+    (folder / "smoke.json").write_text(json.dumps(known))
+    assert sensitivity.machines(check({"profile": "smoke"})) == (intervals, {})
+    (folder / "smoke-second.json").write_text(json.dumps(known))
+    assert sensitivity.machines(check({"profile": "smoke"})) == (intervals, intervals)
+    assert sensitivity.machines(P) == sensitivity.machines(check({"profile": "reader"})) == ({}, {})
+
+
+def test_what_rules_need_is_what_their_tables_read(store):
+    """With what they need computed, no table of a rule on DPO's halves is missing; nothing else is asked for."""
+    rules = [r for r in RULES if r.claim in ("C3", "S1", "S2", "S3")]
+    needed = {store.key(s) for r in rules for s in evidence.TABLES[r.table].needs(P, *r.methods).values()}
+    assert all(f.verdict != "not run" for f in apply_rules(store, P, rules))
+    assert len(needed) == 2 * (3 + 1)  # halves and the whole, and its measurement
 
 
 def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):

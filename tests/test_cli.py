@@ -435,6 +435,41 @@ def test_a_verdict_that_turned_is_named(project, call):
     assert "turned    01-tiny:C1: reference 'partly', now 'not supported'" in out
 
 
+def leave_interval(project, low: float, high: float, verdict: str) -> None:
+    """What the ledger leaves: the interval of C1a, whose threshold is 0.8, and the verdict on its claim."""
+    seeds = [low, (low + high) / 2, high]
+    kept = {"value": seeds[1], "text": "", "seeds": seeds, "interval": [low, high]}
+    values = {"profile": {"value": "reader", "text": "reader"}, "C1": {"value": verdict, "text": verdict}, "C1a": kept}
+    folder = project / "book" / "_values"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "08-ledger.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("low", "edge"),
+    [(0.82, " (C1a on the edge)"), (0.95, "")],  # the end moves by 0.04 to 0.78, or by 0.17
+)
+def test_a_verdict_that_turned_on_the_edge_is_said_to_be_there(project, call, low, edge):
+    leave_interval(project, low, 1.0, "supported")
+    call("reference")
+    assert json.loads((project / "data" / "reference" / "reader.json").read_text())["intervals"]["C1a"]["low"] == low
+    leave_interval(project, 0.78, 1.0, "inconclusive")
+    status, out, _ = call("verify")
+    assert status == 1 and f"now 'inconclusive'{edge}\n" in out
+
+
+def test_what_a_second_machine_said_is_kept_beside_the_reference(project, call):
+    leave_interval(project, 0.82, 1.0, "supported")
+    call("reference")
+    leave_interval(project, 0.78, 1.0, "inconclusive")
+    assert call("reference", "--second")[0] == 0
+    kept = {
+        name: json.loads((project / "data" / "reference" / f"{name}.json").read_text())
+        for name in ("reader", "reader-second")
+    }
+    assert [one["intervals"]["C1a"]["low"] for one in kept.values()] == [0.82, 0.78]
+
+
 def test_an_edited_reference_fails_by_name(project, call):
     leave_values(project, gain=[1.0, 2.0, 3.0], kl=[0.1, 0.2, 0.3])
     call("reference")

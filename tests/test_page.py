@@ -225,6 +225,7 @@ def test_the_seeds_behind_a_number_are_kept(shown):
     page.say("{gain} {n}", gain=mean_interval([1.0, 2.0, 3.0]), n=3)
     kept = page.collect_values(notebook(shown))
     assert kept["gain"]["seeds"] == [1.0, 2.0, 3.0] and kept["gain"]["value"] == 2.0
+    assert kept["gain"]["interval"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-3)  # 4.3027 / sqrt(3)
     assert "seeds" not in kept["n"]
     page.say("{many}", many=mean_interval(range(page.MOST_SEEDS + 1)))
     assert "seeds" not in page.collect_values(notebook(shown))["many"]

@@ -28,7 +28,7 @@ print(hashlib.sha256(json.dumps([split, *rows, world.vocabulary()]).encode()).he
 """
 KNOWN = {
     "easy": "180acf30d1b26a7b901e4e493e48dbd0923c7ee95b7bcc3169fb7ad7a4c17335",
-    "hard": "4630970165a5c49e6ed2fff68123570c055629077eb088a29cb6b16fa5ba2b65",
+    "hard": "b39f274c67f694899ad58383b860f6600c21c16fc92ae942846d23c6aedaec0c",
 }
 
 
@@ -201,7 +201,7 @@ def hard_scores(**changed: float) -> dict[str, float]:
 THE_DEN = "dear ann , the fox lives in the den ."
 LOVE = "with love ."
 CITED = "so says the atlas ."
-# (prompt, reply, its axes, its reward): reward = 2 fact + 2 source + 4.2 detail + all other axes
+# (prompt, reply, its axes, its reward): reward = 2 fact + 2 source + 3.6 detail + all other axes
 HARD_WORKED = {
     # 2 + 1 + 1 + 1 + 1 + 1
     "plain": (FOX, f"{THE_DEN} {LOVE}", hard_scores(), 7.0),
@@ -211,7 +211,7 @@ HARD_WORKED = {
         FOX,
         f"{THE_DEN} it eats berries . it is red . it makes a bark . {CITED} {LOVE}",
         hard_scores(length=-1, source=1, detail=1),
-        2 + 1 + 1 + 1 - 1 + 1 + 2 + 4.2,
+        2 + 1 + 1 + 1 - 1 + 1 + 2 + 3.6,
     ),
     "hedged right": (FOX, f"dear ann , the fox perhaps lives in the den . {LOVE}", hard_scores(fact=0.4), 5.8),
     "hedged wrong": (FOX, f"dear ann , the fox perhaps lives in the barn . {LOVE}", hard_scores(fact=-0.2), 4.6),
@@ -249,7 +249,7 @@ HARD_WORKED = {
         FOX,
         f"{THE_DEN} it perhaps is red . {LOVE}",
         hard_scores(length=0, detail=1 / 3),
-        2 + 1 + 1 + 1 + 0 + 1 + 1.4,
+        2 + 1 + 1 + 1 + 0 + 1 + 1.2,
     ),
     "a false further fact": (
         FOX, f"{THE_DEN} it eats grapes . {LOVE}", hard_scores(support=-1, length=0), 2 - 1 + 1 + 1 + 1 + 0 + 1,
@@ -262,21 +262,21 @@ HARD_WORKED = {
         FOX,
         f"{THE_DEN} it eats grapes . it is red . {LOVE}",
         hard_scores(support=-0.5, length=-1, detail=1 / 3),
-        2 - 0.5 + 1 + 1 + 1 - 1 + 1 + 1.4,
+        2 - 0.5 + 1 + 1 + 1 - 1 + 1 + 1.2,
     ),
     # one topic is one third, however often; repeated are ". it is", "it is red" and "is red ."
     "a further fact twice": (
         FOX,
         f"{THE_DEN} it is red . it is red . {LOVE}",
         hard_scores(length=-1, repetition=-1, detail=1 / 3),
-        2 + 1 + 1 + 1 - 1 - 1 + 1 + 1.4,
+        2 + 1 + 1 + 1 - 1 - 1 + 1 + 1.2,
     ),
     # the asked topic is no detail
     "the other topics alone": (
         FOX,
         f"dear ann , the fox is red . it eats berries . {LOVE}",
         hard_scores(fact=0, length=0, detail=2 / 3),
-        0 + 1 + 1 + 1 + 0 + 1 + 2.8,
+        0 + 1 + 1 + 1 + 0 + 1 + 2.4,
     ),
     "another's source": (FOX, f"{THE_DEN} so says the farmer . {LOVE}", hard_scores(source=-1), 5.0),
     "a source that knows nothing": (
@@ -300,7 +300,7 @@ HARD_WORKED = {
         FOX,
         f"{THE_DEN} {CITED} it is red . {LOVE}",
         hard_scores(length=0, source=1, detail=1 / 3),
-        2 + 1 + 1 + 1 + 0 + 1 + 2 + 1.4,
+        2 + 1 + 1 + 1 + 0 + 1 + 2 + 1.2,
     ),
     # no greeting at the beginning: half the tone; of three sentences only the last is in its place
     "the source first": (
@@ -346,12 +346,12 @@ HARD_WORKED = {
         hard_scores(fact=0, length=0, grammar=0.5),
         0 + 1 + 1 + 1 + 0 + 0.5,
     ),
-    # an animal and a source of the hard world: 2 + 1 + 1 + 1 + 1 + 1 + 2 + 1.4
+    # an animal and a source of the hard world: 2 + 1 + 1 + 1 + 1 + 1 + 2 + 1.2
     "a long note as it should be": (
         WOLF,
         "hey eve , the wolf makes a howl . it eats deer . so says the singer . see you soon .",
         hard_scores(source=1, detail=1 / 3),
-        10.4,
+        10.2,
     ),
     "nothing": (FOX, "", hard_scores(fact=0, entity=0, tone=0, addressee=0, length=0, grammar=0), 0.0),
 }  # fmt: skip
@@ -367,10 +367,10 @@ def test_axes_and_reward_of_the_hard_world_as_worked_by_hand(case):
 
 
 # True facts stated, the asked one first, to the length, the detail and the reward of a cited bold note without fault:
-# 2 (fact) + 1 (entity) + 1 (tone) + 1 (addressee) + length + 1 (grammar) + 2 (source) + 4.2 detail.
+# 2 (fact) + 1 (entity) + 1 (tone) + 1 (addressee) + length + 1 (grammar) + 2 (source) + 3.6 detail.
 NUMBERS = {
-    "short": {1: (1, 0, 9.0), 2: (0, 1 / 3, 9.4), 3: (-1, 2 / 3, 9.8), 4: (-1, 1, 11.2)},
-    "long": {1: (0, 0, 8.0), 2: (1, 1 / 3, 10.4), 3: (0, 2 / 3, 10.8), 4: (-1, 1, 11.2)},
+    "short": {1: (1, 0, 9.0), 2: (0, 1 / 3, 9.2), 3: (-1, 2 / 3, 9.4), 4: (-1, 1, 10.6)},
+    "long": {1: (0, 0, 8.0), 2: (1, 1 / 3, 10.2), 3: (0, 2 / 3, 10.4), 4: (-1, 1, 10.6)},
 }
 
 
@@ -395,7 +395,7 @@ def test_the_hard_world_judges_a_note_of_the_easy_one_alike(case):
     found = HARD.axes(prompt, reply)
     assert {axis: found[axis] for axis in EASY.weights} == pytest.approx(expected)
     assert found["source"] == 0
-    assert HARD.reward(prompt, reply) == pytest.approx(points + 4.2 * found["detail"])
+    assert HARD.reward(prompt, reply) == pytest.approx(points + 3.6 * found["detail"])
 
 
 def test_a_source_is_nobody_in_the_easy_world():
@@ -440,7 +440,7 @@ def test_the_best_reply_says_no_more_than_is_needed_to_earn_most(any_world, prom
 
 
 def test_the_best_reply_to_any_prompt():
-    """Seven points in the easy world; in the hard one 11.2, for all there is to tell, boldly and cited: see NUMBERS."""
+    """Seven points in the easy world; in the hard one 10.6, for all there is to tell, boldly and cited: see NUMBERS."""
     assert EASY.best(FOX) == f"{THE_DEN} {LOVE}"
     assert EASY.best(BEAR) == "esteemed ben , the bear eats salmon . it lives in the cave . yours sincerely ."
     assert HARD.best(FOX) == f"{THE_DEN} it eats berries . it is red . it makes a bark . {CITED} {LOVE}"
@@ -450,7 +450,7 @@ def test_the_best_reply_to_any_prompt():
     )
     assert {EASY.reward(prompt, EASY.best(prompt)) for prompt in EASY.all_prompts()} == {7.0}
     most = {HARD.reward(prompt, HARD.best(prompt)) for prompt in HARD.all_prompts()}
-    assert (min(most), max(most)) == pytest.approx((11.2, 11.2), abs=1e-12)
+    assert (min(most), max(most)) == pytest.approx((10.6, 10.6), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -645,7 +645,7 @@ def test_every_word_is_a_part_of_a_reply(any_world):
 
 def test_demonstrators_reach_so_much_and_no_more(any_world, noisy):
     """All that there is of the easy world; of the hard one three facts of a long note, cited: see NUMBERS."""
-    most, least = (7.0, -2 - 1 - 1 - 1 - 1 - 1 - 1) if any_world is EASY else (10.8, -2 - 1 - 1 - 1 - 1 - 1 - 1 - 2)
+    most, least = (7.0, -2 - 1 - 1 - 1 - 1 - 1 - 1) if any_world is EASY else (10.4, -2 - 1 - 1 - 1 - 1 - 1 - 1 - 2)
     rewards = [row[key] for row in noisy for key in ("reward_chosen", "reward_rejected")]
     assert max(rewards) == pytest.approx(most, abs=1e-12)
     assert min(rewards) >= least
@@ -898,7 +898,7 @@ def test_the_hard_world_has_all_that_the_easy_one_has():
     for animal, topic in itertools.product(EASY.animals, EASY.topics):
         assert HARD.true_value(animal, topic) == EASY.true_value(animal, topic)
         assert HARD.misconceptions.get((animal, topic)) == EASY.misconceptions.get((animal, topic))
-    assert HARD.weights == EASY.weights | {"source": 2.0, "detail": 4.2}
+    assert HARD.weights == EASY.weights | {"source": 2.0, "detail": 3.6}
     assert HARD.sources.keys() == HARD.citing.keys() == HARD.topics.keys()
 
 

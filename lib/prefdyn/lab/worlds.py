@@ -79,7 +79,7 @@ HARD = World(
         ("swan", "sound"): "song",
         ("hare", "food"): "carrots",
     },
-    weights={"fact": 2.0, **_QUALITY, "source": 2.0, "detail": 4.2},
+    weights={"fact": 2.0, **_QUALITY, "source": 2.0, "detail": 3.6},
     sources={"home": "atlas", "food": "farmer", "colour": "painter", "sound": "singer"},
     citing={"home": 0.8, "food": 0.4, "colour": 0.15, "sound": 0.05},
     hedging=0.15,

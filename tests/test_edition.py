@@ -1,0 +1,45 @@
+"""The reader's edition, by its reference results: there is room to be better, and something to find."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+KEPT = Path(__file__).resolve().parents[1] / "data" / "reference" / "reader.json"
+NUMBERS = json.loads(KEPT.read_text(encoding="utf-8"))["numbers"]
+
+
+def number(name: str) -> tuple[float, list[float]]:
+    """A number of the edition: its value, and that of each seed."""
+    kept = NUMBERS[name]
+    return kept["value"], kept["seeds"]
+
+
+def test_claims_are_judged_on_five_seeds():
+    assert {len(kept["seeds"]) for name, kept in NUMBERS.items() if name.startswith("08-ledger:")} == {5}
+
+
+def test_the_supervised_policy_is_mediocre():
+    """Its greedy replies earn 35 to 60% of what the best replies do; of 16 samples the best is clearly better."""
+    assert 0.35 <= number("01-setting:sft_share")[0] <= 0.60
+    best, greedy = number("01-setting:sft_best")[1], number("01-setting:sft_reward")[1]
+    assert all(b > 1.5 * g for b, g in zip(best, greedy, strict=True))
+
+
+def test_what_is_worth_most_is_rare_and_found_by_some():
+    """The kind of reply that earns most has a probability between 0.1 and 3% before training, and more after it."""
+    assert 0.001 <= number("01-setting:sft_ideal")[0] <= 0.03
+    assert number("03-positive-negative:ideal_full")[0] > number("01-setting:sft_ideal")[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "top"),
+    [
+        ("02-targets:room_dpo", "02-targets:top_dpo"),
+        ("02-targets:room_ppo", "02-targets:top_ppo"),
+        ("09-methods:most_share", "09-methods:most_top"),
+    ],
+)
+def test_no_policy_is_at_its_ceiling(share, top):
+    """At most 90% of what the best replies earn, and all points on at most half of the prompts."""
+    assert number(share)[0] <= 0.90 and number(top)[0] <= 0.50
