@@ -32,6 +32,7 @@ ASSETS = sorted(str(path) for folder in ("_assets", "_ext") for path in Path("bo
 
 
 LEDGER = "08-ledger"
+STUDIES = sorted(str(path) for path in Path("data/studies").glob("*.*"))
 
 
 localrules: html, chapters
@@ -66,9 +67,10 @@ rule chapters:
 
 
 def before(wildcards):
-    """What a chapter waits for: the ledger judges the runs of all others and computes none of them."""
+    """What a chapter waits for: the ledger judges the runs of all others and computes none; it reads studies too."""
     others = [chapter for chapter in CHAPTERS if chapter != wildcards.chapter]
-    return expand("book/notebooks/{chapter}.ipynb", chapter=others) if wildcards.chapter == LEDGER else []
+    waits = [*expand("book/notebooks/{chapter}.ipynb", chapter=others), *STUDIES]
+    return waits if wildcards.chapter == LEDGER else []
 
 
 rule chapter:

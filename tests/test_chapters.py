@@ -37,7 +37,6 @@ SMALL = {
     "explore_samples": 2,
     "variants": ["shift", "late"],
     "dpo_negative": [[0, 0.0], [2, 1.0]],
-    "alternatives": ["beta"],
 }
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from prefdyn.book import evidence, plan, sensitivity
+from prefdyn.book import evidence, judging, plan
+from prefdyn.book.judging import apply_rules
 from prefdyn.book.params import check
-from prefdyn.book.sensitivity import apply_rules
 from prefdyn.findings import claims
 from prefdyn.findings.claims import RULES, Finding, apply_rule, judge_all, ledger, verdict
 from prefdyn.lab.runs import RunStore
@@ -391,32 +391,32 @@ def test_other_parameters_find_no_runs_of_these(store):
 def test_rules_are_tried_where_they_should_fail_and_where_they_should_hold(store):
     """The yardstick of C1 is SFT, which has no measurement here; its foil PPO has none either, and says so."""
     for where, named in (("foil", "ppo"), ("yardstick", "sft")):
-        found = sensitivity.elsewhere(store, P, where)
+        found = judging.elsewhere(store, P, where)
         assert found.keys() == {r.name for r in RULES if getattr(r, where)} and "C1a" in found
         assert found["C1a"].rule.methods == (named,) and found["C1a"].verdict == "not run"
     sft = evidence.measured(P, "sft")
     store.ensure(sft.values(), workers=1)
     assert [spec.run for spec in sft.values()] == [plan.sft_run(P, seed) for seed in P.seeds]
-    tried = sensitivity.elsewhere(store, P, "yardstick")["C1a"]
+    tried = judging.elsewhere(store, P, "yardstick")["C1a"]
     assert tried.found == apply_rule(rule("C1a"), evidence.TABLES["G"].read(store, P, "sft")).found
 
 
 def test_firmness_is_that_of_the_tables_that_there_are(store):
-    shares = sensitivity.firm(store, P, [rule(name) for name in ("C3a", "C2b")])
+    shares = judging.firm(store, P, [rule(name) for name in ("C3a", "C2b")])
     assert 0 <= shares["C3a"] <= 1 and "C2b" not in shares and shares["C2"] is None
 
 
 def test_the_machines_of_other_parameters_have_said_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "reference"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(sensitivity, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(judging, "project_root", lambda: tmp_path)
     intervals = {"C1a": {"mean": 0.9, "low": 0.8, "high": 1.0, "n": 3, "values": [0.8, 0.9, 1.0]}}
     known = {"numbers": {}, "verdicts": {}, "intervals": intervals}
     (folder / "smoke.json").write_text(json.dumps(known))
-    assert sensitivity.machines(check({"profile": "smoke"})) == (intervals, {})
+    assert judging.machines(check({"profile": "smoke"})) == (intervals, {})
     (folder / "smoke-second.json").write_text(json.dumps(known))
-    assert sensitivity.machines(check({"profile": "smoke"})) == (intervals, intervals)
-    assert sensitivity.machines(P) == sensitivity.machines(check({"profile": "reader"})) == ({}, {})
+    assert judging.machines(check({"profile": "smoke"})) == (intervals, intervals)
+    assert judging.machines(P) == judging.machines(check({"profile": "reader"})) == ({}, {})
 
 
 def test_what_rules_need_is_what_their_tables_read(store):
@@ -425,40 +425,6 @@ def test_what_rules_need_is_what_their_tables_read(store):
     needed = {store.key(s) for r in rules for s in evidence.TABLES[r.table].needs(P, *r.methods).values()}
     assert all(f.verdict != "not run" for f in apply_rules(store, P, rules))
     assert len(needed) == 2 * (3 + 1)  # halves and the whole, and its measurement
-
-
-def test_sensitivity_computes_what_an_alternative_changes_and_judges_it(store):
-    """beta changes DPO alone: two measurements; the rules on halves need more training and stay unjudged."""
-    specs = sensitivity.sensitivity_runs(P, "beta")
-    assert [s.run for s in specs] == [plan.run(sensitivity.alternative(P, "beta"), s, "dpo") for s in P.seeds]
-    assert sensitivity.alternative(P, "beta").beta == pytest.approx(0.3)
-    assert all(s.size == P.choice_probe and not s.aware for s in specs)
-    assert all(f.verdict == "not run" for f in sensitivity.sensitivity(store, P, "beta"))
-    store.ensure(specs, workers=1)
-    found = {f.rule.name: f.verdict for f in sensitivity.sensitivity(store, P, "beta")}
-    base = {f.rule.name: f.evidence for f in apply_rules(store, P)}
-    changed = {f.rule.name: f.evidence for f in sensitivity.sensitivity(store, P, "beta")}
-    assert base["C1a"] != 0 and changed["C1a"] != base["C1a"]
-    again = {f.rule.name: f.evidence for f in sensitivity.sensitivity(store, P, "kl")}
-    assert again["C1a"] == base["C1a"]  # DPO knows nothing of PPO's coefficient
-    raw = {"C1a", "C3a", "C3b", "C4a", "C4b", "S1a", "S2a", "S2b", "S2c"}
-    assert {n for n, v in found.items() if v != "not run"} == raw
-
-
-def test_alternatives_change_one_setting_each():
-    for name, (label, _, _) in sensitivity.ALTERNATIVES.items():
-        changed = sensitivity.alternative(P, name)
-        given = {k for k, v in changed.model_dump().items() if getattr(P, k) != v}
-        assert given and len(given) <= 2, name
-        assert check(changed.model_dump()) == changed and label
-    methods = {name: {s.run.kind for s in sensitivity.sensitivity_runs(P, name)} for name in sensitivity.ALTERNATIVES}
-    both = {"dpo", "ppo"}
-    assert methods == {
-        "probe": {"dpo"}, "seeds": both, "beta": {"dpo"}, "kl": {"ppo"}, "lr": {"dpo"}, "ppo_lr": {"ppo"},
-        "noise": {"dpo"}, "width": {"dpo"}, "decoding": {"dpo"}, "prompts": {"dpo"}, "reduction": {"dpo"},
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="alternative 'weather': there is none; there are: probe, seeds, beta"):
-        sensitivity.alternative(P, "weather")
 
 
 def test_variants_are_found_beside_their_plain_method():

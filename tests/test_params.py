@@ -68,7 +68,7 @@ def test_unknown_names_suggest_the_nearest():
     message = refused(betta=0.5)
     assert (
         "betta: no such parameter. Did you mean 'beta'?" in message
-        and "There are: alternatives, architecture, batch, beta" in message
+        and "There are: architecture, batch, beta" in message
     )
     assert "Did you mean" not in refused(zzzzzzzz=1)
     with pytest.raises(ParameterError, match=r"lr: no such parameter.* There are: beta, profile"):
@@ -633,7 +633,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "today": "2024-12-31",
     }  # fmt: skip
     elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys()
-    elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants", "alternatives"}
+    elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants"}
     elsewhere |= {"methods", "rates", "sequences", "group"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
     changed |= dict.fromkeys(elsewhere)

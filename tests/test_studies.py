@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefdyn.book import cli, params, plan, sensitivity, studies, workflow
+from prefdyn.book import cli, judging, params, plan, studies, workflow
 from prefdyn.book.studies import StudyError, Tolerance
 from prefdyn.lab.runs import RunStore
 from snakemake.cli import get_argument_parser
@@ -228,7 +228,7 @@ def test_a_row_is_what_its_rules_and_its_runs_say(book):
         studies.row(study, study.cells[1], RunStore())
     store, row = computed_here(study, 1)
     p = study.cells[1].parameters
-    (finding,) = sensitivity.apply_rules(store, p, study.rules)
+    (finding,) = judging.apply_rules(store, p, study.rules)
     run = store.get(plan.run(p, 0, "dpo"))
     checkpoints = run.frame("checkpoints")
     assert row["C3a"] == f"{finding.found.mean:.6g}" and row["length"] == "long" and row["seed"] == "0"

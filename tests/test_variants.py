@@ -1,7 +1,7 @@
 """Controlled variants by name: what they scale and when, and what cannot be asked for."""
 
 import pytest
-from prefdyn.book import plan, profiles, sensitivity, variants
+from prefdyn.book import plan, profiles, variants
 from prefdyn.book.params import ParameterError, check
 from prefdyn.lens import controls
 
@@ -61,7 +61,6 @@ def test_a_hard_switch_changes_from_one_update_to_the_next():
 
 def test_every_variant_can_be_asked_for_and_every_name_is_a_variant():
     assert {name for group in variants.VARIANTS.values() for name in group} == set(profiles.VARIANTS)
-    assert tuple(sensitivity.ALTERNATIVES) == profiles.ALTERNATIVES
     assert variants.names(P, "dpo") == list(variants.VARIANTS["pairs"]) == variants.names(P, "simpo")
     assert variants.names(P, "ppo") == list(variants.VARIANTS["rollouts"]) == variants.names(P, "grpo")
     assert variants.names(P, "sft") == []

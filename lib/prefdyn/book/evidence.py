@@ -44,23 +44,14 @@ def _plain(p: Parameters, *methods: str) -> dict:
     }
 
 
-def measured(p: Parameters, method: str, aware: bool = True) -> dict:
-    """The measurements of the plain runs of a method on the check probe: {(method, seed): spec}.
-
-    aware: the optimiser-aware G too.
-    """
-    return {key: plan.alignment_run(p, run, "check", aware) for key, run in _plain(p, method).items()}
+def measured(p: Parameters, method: str) -> dict:
+    """The measurements of the plain runs of a method on the check probe: {(method, seed): spec}."""
+    return {key: plan.alignment_run(p, run, "check") for key, run in _plain(p, method).items()}
 
 
 def _measurement(store: RunStore, p: Parameters, method: str, frame: str) -> pd.DataFrame:
-    """A table of the measurements, with the optimiser-aware G if it was measured, else without. Raises NotRun."""
-    try:
-        return _found(store, measured(p, method), frame)
-    except NotRun as missing:
-        try:
-            return _found(store, measured(p, method, aware=False), frame)
-        except NotRun:
-            raise missing from None
+    """A table of the measurements."""
+    return _found(store, measured(p, method), frame)
 
 
 def _parts(p: Parameters, method: str) -> dict:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..lens.controls import check_schedule
 from ..methods import registry
-from .profiles import ALTERNATIVES, COMMON, EASY, FILE, PRESETS, VARIANTS
+from .profiles import COMMON, EASY, FILE, PRESETS, VARIANTS
 
 
 class ParameterError(ValueError):
@@ -115,9 +115,6 @@ class Parameters(BaseModel):
     dpo_negative: Schedule = Field(description="a free schedule of DPO's negative learning: factors at updates")
     ppo_positive: Schedule = Field(description="a free schedule of PPO's positive learning: factors at iterations")
     ppo_negative: Schedule = Field(description="a free schedule of PPO's negative learning: factors at iterations")
-    alternatives: list[Literal[ALTERNATIVES]] = Field(
-        description="settings of the ledger's sensitivity table to compute"
-    )
     target_responses: Literal["final", "chosen", "unrelated"] = Field(
         description="D': the final policy's answers, chosen responses of check pairs, or answers to other prompts"
     )
@@ -200,7 +197,7 @@ class Parameters(BaseModel):
             raise ValueError("rates above 0, each once")
         return value
 
-    @field_validator("variants", "alternatives", "methods", mode="before")
+    @field_validator("variants", "methods", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         """Accept "shift,switch", which a command line can give, for ["shift", "switch"]."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..methods import registry
 
-# names of `variants.VARIANTS` and of `sensitivity.ALTERNATIVES`
+# names of `variants.VARIANTS`
 VARIANTS = (
     "shift",
     "switch",
@@ -17,10 +17,6 @@ VARIANTS = (
     "without-bottom",
     "heavy-top",
 )
-ALTERNATIVES = (
-    "probe", "seeds", "beta", "kl", "lr", "ppo_lr", "noise", "width", "decoding", "prompts", "reduction"
-)  # fmt: skip
-
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "seeds": [0, 1],
@@ -52,7 +48,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 128,
         "ppo_probe": 128,
         "choice_probe": 128,
-        "alternatives": ["seeds", "beta"],
     },
     "reader": {
         "seeds": [0, 1, 2, 3, 4],
@@ -84,7 +79,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 256,
         "ppo_probe": 256,
         "choice_probe": 128,
-        "alternatives": ["beta", "noise"],
     },
     # A real checkpoint and a real preference set on a GPU: `model` and `dataset` must be given. Learning rate, beta,
     # batch and passes are those that arXiv 2512.00778 (v2) states.
@@ -121,7 +115,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probe": 2048,
         "ppo_probe": 1024,
         "choice_probe": 1024,
-        "alternatives": [],
         "max_prompt": 512,
         "max_response": 512,
         "micro_batch": 16,

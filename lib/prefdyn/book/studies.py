@@ -19,14 +19,15 @@ import pandas as pd
 import torch
 import yaml
 
+from ..findings import stats
 from ..findings.claims import RULES, Rule
 from ..lab import recipes
 from ..lab.fingerprint import code_fingerprint, modules_of
 from ..lab.runs import Run, RunStore, project_root
 from . import params, plan
 from .evidence import TABLES
+from .judging import apply_rules
 from .params import ParameterError, Parameters
-from .sensitivity import apply_rules
 
 KEYS = {
     "title": "a line",
@@ -420,6 +421,26 @@ def table(name: str) -> Table:
             rows[column] = numbers
     today = code_today(study) if kept else ""
     return Table(study, rows, tuple(changes(study, kept, lambda number: today).values()))
+
+
+def judged(known: Table) -> pd.DataFrame:
+    """The study's rules judged over seeds, under each of its settings.
+
+    Columns: setting (its labels but for the seed, in words), rule, found (Estimate over seeds), verdict. Rules of which
+    fewer than two seeds are known under a setting are left out there.
+    """
+    axes = [axis for axis in known.study.axes if axis != "seed"]
+    rows = []
+    for labels, own in known.rows.groupby(axes, sort=False, dropna=False):
+        told = zip(axes, labels if isinstance(labels, tuple) else (labels,), strict=True)
+        setting = ", ".join(f"{axis} {label}" for axis, label in told if label != "" and not pd.isna(label))
+        for rule in known.study.rules:
+            values = own[rule.name].dropna()
+            if len(values) > 1:
+                found = stats.mean_interval(values)
+                verdict = stats.judge(found, rule.predicted, rule.threshold)
+                rows.append({"setting": setting, "rule": rule.name, "found": found, "verdict": verdict})
+    return pd.DataFrame(rows, columns=["setting", "rule", "found", "verdict"])
 
 
 def chosen(study: Study, count: int, seed: int) -> list[int]:
