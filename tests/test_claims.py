@@ -207,6 +207,14 @@ PLANTED = {
         labelled("third", {"direction": 1.0}, "top", "bottom"),
         labelled("third", {"direction": -1.0}, "top", "bottom"),
     ),
+    "C6c": (
+        labelled("third", {"later_g": 1.0}, "top", "bottom"),
+        labelled("third", {"later_g": -1.0}, "top", "bottom"),
+    ),
+    "C6d": (
+        labelled("third", {"later_direction": 1.0}, "top", "bottom"),
+        labelled("third", {"later_direction": -1.0}, "top", "bottom"),
+    ),
     "C7a": (gains(1.0), gains(0.0)),
     "C7b": (gains(-1.0), gains(0.05)),
     "C7c": (gains(0.0, way=1.0), gains(0.3, way=-0.1)),

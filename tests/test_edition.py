@@ -43,3 +43,29 @@ def test_what_is_worth_most_is_rare_and_found_by_some():
 def test_no_policy_is_at_its_ceiling(share, top):
     """At most 90% of what the best replies earn, and all points on at most half of the prompts."""
     assert number(share)[0] <= 0.90 and number(top)[0] <= 0.50
+
+
+SAME = {
+    "08-ledger:C1c": "02-targets:above_dpo",
+    "08-ledger:C2b": "02-targets:ppo_gain",
+    "08-ledger:C3a": "03-positive-negative:dpo_share",
+    "08-ledger:C3c": "03-positive-negative:same_positive",
+    "08-ledger:C3d": "03-positive-negative:same_negative",
+    "08-ledger:C4a": "04-reweighting:correlation",
+    "08-ledger:C4b": "04-reweighting:auc_worse",
+    "08-ledger:C4c": "04-reweighting:road_last",
+    "08-ledger:C5a": "03-positive-negative:ppo_share",
+    "08-ledger:C5b": "03-positive-negative:entropy_same",
+    "08-ledger:C5c": "03-positive-negative:coverage_same",
+    "08-ledger:C6a": "04-reweighting:c6_g",
+    "08-ledger:C6b": "04-reweighting:c6_direction",
+    "08-ledger:C6c": "04-reweighting:c6_later_g",
+    "08-ledger:C6d": "04-reweighting:c6_later",
+    "07-prediction:c5_share_raw": "03-positive-negative:ppo_share",
+}
+
+
+@pytest.mark.parametrize(("one", "other"), SAME.items())
+def test_a_quantity_that_is_told_twice_has_one_value(one, other):
+    """In the ledger and in the chapter that measured it, seed by seed."""
+    assert number(one)[1] == pytest.approx(number(other)[1], rel=1e-5, abs=1e-7)

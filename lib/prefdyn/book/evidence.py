@@ -152,9 +152,15 @@ def _curve(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
 
 
 def _roles(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
-    """Mean over checkpoints by seed of each third of tokens: third, seed, g, direction (g per unit of weight)."""
+    """Mean over checkpoints by seed of each third of tokens: third, seed, g, direction (g per unit of weight).
+
+    later_g, later_direction: the same without the first checkpoint.
+    """
     tokens = reweighting.with_thirds(_measurement(store, p, method, "tokens"), "strength")
-    return reweighting.push(tokens, "third").groupby(["third", "seed"])[["g", "direction"]].mean().reset_index()
+    pushed = reweighting.push(tokens, "third")
+    later = pushed[pushed["step"] > pushed["step"].min()]
+    means, after = (one.groupby(["third", "seed"])[["g", "direction"]].mean() for one in (pushed, later))
+    return means.join(after.add_prefix("later_")).reset_index()
 
 
 def variant_runs(p: Parameters, method: str, **choices) -> dict:

@@ -314,6 +314,18 @@ RULES = (
         "04-reweighting#fig-advantage-thirds",
     ),
     Rule(
+        "C6", "C6c", "the top third contributes more to G than the bottom third after the first checkpoint too",
+        "at the first one |advantage| is largely the position in the reply: a role is more than a start",
+        "roles of thirds", ("ppo",), ("third", "seed", "later_g"), _top_minus_bottom("later_g"), "above", 0.0,
+        "04-reweighting#fig-advantage-thirds", since=SECOND,
+    ),
+    Rule(
+        "C6", "C6d", "and per unit of weight",
+        "the same",
+        "roles of thirds", ("ppo",), ("third", "seed", "later_direction"), _top_minus_bottom("later_direction"),
+        "above", 0.0, "04-reweighting#fig-advantage-thirds", since=SECOND,
+    ),
+    Rule(
         "C7", "C7a", "some variant of DPO changes the reward of final greedy replies (points, of either sign)",
         "performance; an effect has to be surely larger than the smallest that matters",
         "variants", ("dpo",), GAINS, ablations.largest_effect, "above", SMALL_EFFECT,
