@@ -104,6 +104,7 @@ class Parameters(BaseModel):
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
     methods: list[str] = Field(description="methods of pairs and of rollouts that are compared", min_length=1)
+    compared_seeds: int = Field(description="seeds of that comparison, the first of `seeds`, at most", ge=1)
     rates: list[float] = Field(description="learning rates tried for each of them", min_length=1)
     sequences: int = Field(description="sequences on which G of each is measured: two a pair, one a reply", ge=4)
     group: int = Field(description="replies to a prompt, of methods without a value model", ge=2)

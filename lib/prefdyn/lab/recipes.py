@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # what a result depends on does not include the store that ke
     from .runs import Run, RunStore
 
 PROBES = ("train", "check")
+CHECKED = 128  # examples of what was not trained on that an evaluation measures the objective on, at most
 
 
 class Spec(BaseModel):
@@ -254,7 +255,7 @@ class Training(Spec):
         limits = {"max_prompt": spec.max_prompt, "max_response": spec.max_response}
         seed = self.optimisation.seed
         metrics, replies = evaluate(model, reference, tokenizer, dataset(spec), seed=seed, **limits)
-        index = torch.arange(min(check.size, 256), device=model.device)
+        index = torch.arange(min(check.size, CHECKED), device=model.device)
         batch = check.batch(index)
         with torch.no_grad():
             logps = torch.cat([likelihood.token_logps(model, part) for part in batch.slices(256)])
