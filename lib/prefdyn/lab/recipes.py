@@ -117,7 +117,13 @@ def reading(path: str, content: str) -> layouts.Reading:
     return layouts.read(path, content)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
+def _words_of(difficulty: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a world, one for all seeds: what has been encoded for one of them is known for the others."""
+    return policy.word_tokenizer(WORLDS[difficulty].vocabulary())
+
+
+@functools.lru_cache(maxsize=32)
 def tokenizer_of(spec: DataSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of `spec`: the world's words, one trained on the pairs of the file, or a checkpoint's."""
     if spec.tokenizer.model != "scratch":
@@ -128,7 +134,7 @@ def tokenizer_of(spec: DataSpec) -> PreTrainedTokenizerBase:
         loaded.chat_template = chat.with_date(loaded.chat_template, spec.today)
         return loaded
     if spec.path is None:
-        return policy.word_tokenizer(WORLDS[spec.difficulty].vocabulary())
+        return _words_of(spec.difficulty)
     rows = reading(spec.path, spec.content).pairs
     sizes = {"pairs": spec.pairs, "check": spec.check, "validation": spec.validation, "held_out": spec.held_out}
     dealt, _ = data.split_by_prompt(rows, **sizes)
@@ -140,9 +146,13 @@ def tokenizer_of(spec: DataSpec) -> PreTrainedTokenizerBase:
     return policy.bpe_tokenizer(texts, spec.vocab_size)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def dataset(spec: DataSpec) -> data.Dataset:
-    """The dataset of `spec` under its limits, with its account; the last few are kept."""
+    """The dataset of `spec` under its limits, with its account.
+
+    The last ones are kept, more than an edition has (seeds, with labels and without, rates of wrong labels): planning
+    asks for each of them again and again.
+    """
     if spec.path is not None:
         return data.from_file(
             reading(spec.path, spec.content),

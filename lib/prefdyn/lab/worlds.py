@@ -83,6 +83,6 @@ HARD = World(
     sources={"home": "atlas", "food": "farmer", "colour": "painter", "sound": "singer"},
     citing={"home": 0.8, "food": 0.4, "colour": 0.15, "sound": 0.05},
     hedging=0.15,
-    telling=0.15,
+    telling=0.25,
 )
 WORLDS = {world.difficulty: world for world in (EASY, HARD)}
