@@ -410,7 +410,8 @@ def test_rules_are_tried_where_they_should_fail_and_where_they_should_hold(store
 
 
 def test_firmness_is_that_of_the_tables_that_there_are(store):
-    shares = judging.firm(store, P, [rule(name) for name in ("C3a", "C2b")])
+    rules = [rule(name) for name in ("C3a", "C2b")]
+    shares = judging.firm(rules, judging.read_tables(store, P, rules))
     assert 0 <= shares["C3a"] <= 1 and "C2b" not in shares and shares["C2"] is None
 
 

@@ -20,7 +20,11 @@ def apply_rules(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
     Raises ValueError for a rule whose table is none of TABLES, or lacks a column.
     """
     rules = list(rules)
-    tables = read_tables(store, p, rules)
+    return judge(rules, read_tables(store, p, rules))
+
+
+def judge(rules: Iterable[Rule], tables: Tables) -> list[Finding]:
+    """Judge rules on the tables of `read_tables`; where there is none, the finding says why."""
     findings = []
     for rule in rules:
         table = tables[rule.table, *rule.methods]
@@ -49,12 +53,9 @@ def read_tables(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -
     return tables
 
 
-def firm(store: RunStore, p: Parameters, rules: Iterable[Rule] = RULES) -> dict[str, float | None]:
-    """How firmly verdicts stand, by rule and by claim (`firmness.firmness`), on the runs that there are."""
-    rules = list(rules)
-    tables = read_tables(store, p, rules)
-    there = {asked: table for asked, table in tables.items() if not isinstance(table, Exception)}
-    return firmness.firmness(rules, there)
+def firm(rules: Iterable[Rule], tables: Tables) -> dict[str, float | None]:
+    """How firmly verdicts stand, by rule and by claim (`firmness.firmness`), on the tables that there are."""
+    return firmness.firmness(rules, {asked: t for asked, t in tables.items() if not isinstance(t, Exception)})
 
 
 def elsewhere(store: RunStore, p: Parameters, where: str, rules: Iterable[Rule] = RULES) -> dict[str, Finding]:
