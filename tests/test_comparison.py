@@ -135,7 +135,8 @@ def test_rates_are_tuned_on_what_the_store_computes(store):
     found = comparison.tuned(store, P, FEW)
     grid = comparison.grid(P, FEW)
     assert len(grid) == 4 and all(store.find(spec) for _, spec in grid)
-    means = {(name, s.run.optimisation.lr): store.get(s).frame("validation")["reward"].mean() for name, s in grid}
+    found_by = {(name, s.run.optimisation.lr): store.get(s).frame("validation") for name, s in grid}
+    means = {key: table.groupby("step")["reward"].mean().max() for key, table in found_by.items()}
     pd.testing.assert_frame_equal(found, tuning.chosen(tuning.means(store, grid)))
     for row in found.itertuples():
         assert row.lr == max(sorted(P.rates), key=lambda lr, name=row.method: means[name, lr])

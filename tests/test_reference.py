@@ -62,11 +62,15 @@ def test_what_agrees_and_what_does_not(now, expected):
 def test_intervals_of_rules_are_read_where_a_chapter_left_them(tmp_path):
     write(
         tmp_path, "08-ledger",
-        C1a={"value": 2.0, "text": "2", "seeds": SEEDS, "interval": [1.0, 3.0]},
-        C1b={"value": 2.0, "text": "2", "seeds": [2.0]}, other={"value": 1.0, "text": "1", "interval": [0.0, 2.0]},
+        C1a={"value": 2.0, "text": "2", "seeds": SEEDS, "interval": [1.0, 3.0], "n": 3},
+        C1b={"value": 2.0, "text": "2", "seeds": [2.0]},
+        C7a={"value": 1.0, "text": "1", "interval": [0.0, 2.0], "n": 5}, other={"value": 1.0, "text": "1"},
     )  # fmt: skip
-    found = reference.intervals(tmp_path, "08-ledger", ["C1a", "C1b", "C9"])
-    assert found == {"C1a": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 3, "values": SEEDS}}
+    found = reference.intervals(tmp_path, "08-ledger", ["C1a", "C1b", "C7a", "C9"])
+    assert found == {
+        "C1a": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 3, "values": SEEDS},
+        "C7a": {"mean": 1.0, "low": 0.0, "high": 2.0, "n": 5, "values": []},
+    }
     assert reference.intervals(tmp_path, "09-none", ["C1a"]) == {}
 
 

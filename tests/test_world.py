@@ -840,10 +840,10 @@ def test_whom_demonstrators_cite():
 # Of demonstrators who never slip, by habit: the chances of one, two and three facts. A long note has two unless habit
 # makes it one, and with 0.15 (1 - habit) there is one more.
 FACTS = {
-    ("short", 0.0): (0.85, 0.15, 0.0),
-    ("long", 0.0): (0.0, 0.85, 0.15),
-    ("short", 0.5): (0.925, 0.075, 0.0),
-    ("long", 0.5): (0.5 * 0.925, 0.5 * 0.075 + 0.5 * 0.925, 0.5 * 0.075),
+    ("short", 0.0): (0.75, 0.25, 0.0),
+    ("long", 0.0): (0.0, 0.75, 0.25),
+    ("short", 0.5): (0.875, 0.125, 0.0),
+    ("long", 0.5): (0.5 * 0.875, 0.5 * 0.125 + 0.5 * 0.875, 0.5 * 0.125),
     ("short", 1.0): (1.0, 0.0, 0.0),
     ("long", 1.0): (1.0, 0.0, 0.0),
 }

@@ -333,10 +333,12 @@ def write_reference(
     typer.echo(f"{len(numbers)} numbers and {len(verdicts)} verdicts written to {os.path.relpath(path)}")
 
 
-def _edges(kept: reference.Intervals, now: reference.Intervals) -> list[str]:
-    """Rules of which an end of the reference's interval is nearer to the threshold than it is to the end now."""
-    shifts = firmness.shifts(kept, now)
-    return [name for name, shift in shifts.items() if firmness.near(kept[name], claims.find(name).threshold, shift)]
+def _edges(profile: str) -> list[str]:
+    """Rules of which an end of the reference's interval is nearer to the threshold than a second machine's to it."""
+    paths = [_reference_paths(profile, second)[0] for second in (False, True)]
+    first, second = (reference.read(path).get("intervals", {}) if path.is_file() else {} for path in paths)
+    shifts = firmness.shifts(first, second)
+    return [name for name, shift in shifts.items() if firmness.near(first[name], claims.find(name).threshold, shift)]
 
 
 @app.command()
@@ -359,7 +361,7 @@ def verify(
     counts = table["status"].value_counts()
     typer.echo(f"of {len(table)} numbers: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
     turned = reference.turned(known["verdicts"], reference.verdicts(values))
-    edges = _edges(known.get("intervals", {}), _intervals(values))
+    edges = _edges(profile)
     for name, (then, now) in turned.items():
         near = sorted(rule for rule in edges if name == f"{LEDGER}:{claims.find(rule).claim}")
         why = f" ({', '.join(near)} on the edge)" if near else ""

@@ -61,7 +61,8 @@ def say(text: str, **values: Any) -> None:
         kept[name] = {"value": plain, "text": format(value, formats.get(name, ""))}
         if isinstance(value, Estimate) and 0 < len(value.values) <= MOST_SEEDS:
             kept[name]["seeds"] = list(value.values)
-            kept[name] |= {"interval": [value.low, value.high]} if np.isfinite(value.low) else {}
+        if isinstance(value, Estimate) and np.isfinite(value.low):
+            kept[name] |= {"interval": [value.low, value.high], "n": value.n}
     shown = text.format(**values)
     display({"text/markdown": shown, "text/plain": shown}, metadata={KEY: {"values": kept}}, raw=True)
 

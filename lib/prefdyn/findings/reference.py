@@ -58,8 +58,8 @@ def intervals(folder: Path, chapter: str, names: Iterable[str]) -> Intervals:
     path = folder / f"{chapter}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {
-        name: {"mean": one["value"], "low": one["interval"][0], "high": one["interval"][1], "n": len(one["seeds"])}
-        | {"values": one["seeds"]}
+        name: {"mean": one["value"], "low": one["interval"][0], "high": one["interval"][1], "n": one["n"]}
+        | {"values": one.get("seeds", [])}
         for name, one in ((name, kept.get(name, {})) for name in names)
         if "interval" in one
     }
