@@ -14,6 +14,7 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxRole
 
 FOLDER = "_values"
+SHORT = 40  # characters: a number with its interval stays on one line, a sentence does not
 
 
 class MissingValue(Exception):
@@ -50,7 +51,8 @@ class ValueRole(SphinxRole):
         except MissingValue as missing:
             warning = self.inliner.reporter.warning(f"value {self.text!r}: {missing}", line=self.lineno)
             return [nodes.problematic(self.rawtext, f"[{self.text}?]")], [warning]
-        return [nodes.inline(self.rawtext, text, classes=["computed-value"])], []
+        short = ["computed-value"] if len(text) <= SHORT else []
+        return [nodes.inline(self.rawtext, text, classes=short)], []
 
 
 def setup(app):
