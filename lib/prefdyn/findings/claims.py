@@ -7,7 +7,8 @@ The thresholds of C1 to C6 follow the predictions at the head of the chapters. W
 chapters' results with seeds 0 to 2 of the easy world were known; other seeds and the hard world are the test. Those of
 C7 were written before any controlled variant had been run. Rules with a later date (`Rule.since`) were added when all
 results of the easy world were known and before any result of the hard one was, but for rewards and divergences of one
-seed, from which the lengths of training were taken.
+seed, from which the lengths of training were taken; but C6c and C6d, which were added when the chapters on the setting
+and on prediction had been seen in a first edition of the hard world.
 """
 
 from collections.abc import Callable, Iterable, Mapping
