@@ -74,7 +74,7 @@ def call(monkeypatch, capfd):
 def a_row(study: studies.Study, number: int, **values: str) -> dict[str, str]:
     """A row of a cell as it would be written, with made-up values."""
     cell = study.cells[number]
-    made = dict.fromkeys(study.columns, "1") | cell.labels | {"settings": studies.settings(cell), "code": "abc"}
+    made = dict.fromkeys(study.columns, "1") | cell.labels | {"settings": studies.settings(study, cell), "code": "abc"}
     return made | {"finished": "2026-01-02", "versions": "a 1", "hardware": "x"} | values
 
 
@@ -126,6 +126,9 @@ REFUSED = {
     "an axis called like a column": (("length: {", "seconds: {"), "given 'seconds'; allowed: a name that is no other"),
     "an unknown rule": (("[C3a]", "[C3x]"), "rules: given 'C3x'; allowed: a list of some of C1a, "),
     "a rule twice": (("[C3a]", "[C3a, C3a]"), "rules: given 'C3a'"),
+    "a method that no rule reads": (("[C3a]", "[C3a]\nvalidated: [ppo]"), "validated: given ['ppo']; allowed: a list"),
+    "a validated method twice": (("[C3a]", "[C3a]\nvalidated: [dpo, dpo]"), "some of dpo, each once"),
+    "one validated method, no list": (("[C3a]", "[C3a]\nvalidated: dpo"), "validated: given 'dpo'; allowed: a list"),
     "no tolerance": (("{default: {relative: 0.1, absolute: 0.01}, ", "{"), "with a default"),
     "a tolerance of nothing": (("}, C3a: {", "}, C3b: {"), "tolerances: given 'C3b'; allowed: default, C3a, dpo_rew"),
     "half a tolerance": (("{relative: 0, absolute: 0.5}", "0.5"), "tolerances, C3a: given 0.5; allowed: relative and"),
@@ -188,6 +191,19 @@ def test_a_table_says_what_has_changed_since(book, write):
     assert studies.table("toy").rows["length"].tolist() == ["long"]  # the other row has no C3b yet
 
 
+def test_settings_are_what_a_cells_runs_are_made_of(book, write):
+    study = studies.read("toy")
+    cell = study.cells[0]
+
+    def differ(**other) -> bool:
+        changed = studies.Cell(cell.labels, cell.parameters.model_copy(update=other))
+        return studies.settings(study, changed) != studies.settings(study, cell)
+
+    assert differ(width=32) and differ(epochs=3.0) and differ(pairs=25) and differ(seeds=[1])
+    assert not differ(compared_seeds=7) and not differ(sequences=48)  # chapter 9's; C3a reads none of its runs
+    assert studies.settings(study, study.cells[1]) != studies.settings(study, cell)
+
+
 @pytest.mark.parametrize(
     ("kept", "now", "verdict"),
     [
@@ -245,6 +261,17 @@ def test_a_row_is_what_its_rules_and_its_runs_say(book):
     assert workflow.again(study, 1) | {"seconds": row["seconds"], "finished": row["finished"]} == row
 
 
+def test_rewards_on_validation_prompts_are_those_of_the_best_checkpoint(book, write):
+    write(("rules: [C3a]", "rules: [C3a]\nvalidated: [dpo]"))
+    study = studies.read("toy")
+    store, row = computed_here(study, 0)
+    p = study.cells[0].parameters
+    rewards = store.get(plan.validation_run(p, 0, plan.run(p, 0, "dpo"))).frame("validation")
+    by_hand = max(rewards["reward"][rewards["step"] == step].sum() / (4 * plan.SAMPLES) for step in rewards["step"])
+    assert row["dpo_validation"] == f"{by_hand:.6g}"
+    assert study.columns[5:9] == ("dpo_kl", "dpo_best", "dpo_validation", "parameters")
+
+
 def test_a_study_is_computed_run_by_run_and_goes_on_where_it_was(book, call):
     """The long cell's row is there, so one cell is left; its SFT and reference are kept, DPO and G are not."""
     study = studies.read("toy")
@@ -291,7 +318,7 @@ def test_what_is_no_longer_as_it_was_planned_is_refused(book, call, write):
 
 def test_what_was_planned_is_planned_again_only_if_it_would_be_otherwise(book, write, monkeypatch):
     planned = []
-    monkeypatch.setattr(studies, "specs", lambda *a, specs=studies.specs: planned.append(a) or specs(*a))
+    monkeypatch.setattr(studies, "code", lambda *a, code=studies.code: planned.append(a) or code(*a))
     study, store = studies.read("toy"), RunStore()
     first = workflow.prepare(study, store)
     assert (first.rows, first.runs, first.there, len(planned)) == (2, 6, 0, 2)

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import yaml
 
-from ..findings import stats
+from ..findings import stats, tuning
 from ..findings.claims import RULES, Rule
 from ..lab import recipes
 from ..lab.fingerprint import code_fingerprint, modules_of
@@ -36,6 +36,7 @@ KEYS = {
     "axes": "name: values; the cells are all combinations",
     "grids": "a list of such axes, instead of `axes`",
     "rules": "names of rules of the ledger",
+    "validated": "methods of these rules that are measured on validation prompts too; none if left out",
     "tolerances": "default or a column: {relative: a number, absolute: a number}",
 }
 AT_THE_END = ("reward_sampled", "reward_greedy", "kl")  # columns of checkpoints, of a method's last one
@@ -100,17 +101,18 @@ class Study:
     axes: tuple[str, ...]  # of all grids, the seed last
     cells: tuple[Cell, ...]
     rules: tuple[Rule, ...]
+    validated: tuple[str, ...]  # methods whose reward on validation prompts is kept, by which a rate may be chosen
     tolerances: dict[str, Tolerance]
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that its rules speak of."""
-        return tuple(dict.fromkeys(method for rule in self.rules for method in rule.methods))
+        return _methods(self.rules)
 
     @property
     def measures(self) -> tuple[str, ...]:
         """The columns of what is found."""
-        return _measures(self.rules)
+        return _measures(self.rules, self.validated)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -122,11 +124,13 @@ class Study:
         return EXACT if column == "parameters" else self.tolerances.get(column, self.tolerances["default"])
 
 
-def _measures(rules: Iterable[Rule]) -> tuple[str, ...]:
-    rules = list(rules)
-    methods = dict.fromkeys(method for rule in rules for method in rule.methods)
-    ends = [f"{method}_{name}" for method in methods for name in (*AT_THE_END, "best")]
-    return (*(rule.name for rule in rules), *ends, "parameters")
+def _methods(rules: Iterable[Rule]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(method for rule in rules for method in rule.methods))
+
+
+def _measures(rules: tuple[Rule, ...], validated: tuple[str, ...]) -> tuple[str, ...]:
+    ends = [f"{method}_{name}" for method in _methods(rules) for name in (*AT_THE_END, "best")]
+    return (*(rule.name for rule in rules), *ends, *(f"{method}_validation" for method in validated), "parameters")
 
 
 def folder() -> Path:
@@ -167,7 +171,12 @@ def _study(name: str, given: Any) -> Study:
     grids = given.get("grids", [given.get("axes")])
     _need(isinstance(grids, list) and bool(grids), "grids", grids, KEYS["grids"])
     rules = _rules(given.get("rules"))
-    cells = [cell for axes in grids for cell in _grid(base, axes, {*_measures(rules), *PROVENANCE})]
+    validated = given.get("validated", [])
+    allowed = f"a list of some of {', '.join(_methods(rules))}, each once"
+    listed = isinstance(validated, list) and all(validated.count(method) == 1 for method in validated)
+    _need(listed and {*validated} <= {*_methods(rules)}, "validated", validated, allowed)
+    measures = _measures(rules, tuple(validated))
+    cells = [cell for axes in grids for cell in _grid(base, axes, {*measures, *PROVENANCE})]
     labels = [str(cell) for cell in cells]
     _need(len(set(labels)) == len(labels), "grids", grids, "each cell once")
     axes = dict.fromkeys(axis for cell in cells for axis in cell.labels if axis != "seed")
@@ -178,7 +187,8 @@ def _study(name: str, given: Any) -> Study:
         axes=(*axes, "seed"),
         cells=tuple(cells),
         rules=rules,
-        tolerances=_tolerances(given.get("tolerances"), _measures(rules)),
+        validated=tuple(validated),
+        tolerances=_tolerances(given.get("tolerances"), measures),
     )
 
 
@@ -249,7 +259,7 @@ def _grid(base: dict, axes: Any, taken: set[str]) -> list[Cell]:
 
 
 def specs(study: Study, cell: Cell) -> list[recipes.Spec]:
-    """What a cell's row is read from: the runs that its rules need and the plain run of each method.
+    """What a cell's row is read from: the runs that its rules need, the plain run of each method, its validation.
 
     Raises StudyError for parameters that no run can have together.
     """
@@ -257,9 +267,14 @@ def specs(study: Study, cell: Cell) -> list[recipes.Spec]:
     asked = dict.fromkeys((rule.table, rule.methods) for rule in study.rules)
     try:
         needed = [spec for table, methods in asked for spec in TABLES[table].needs(p, *methods).values()]
-        return needed + [plan.run(p, cell.seed, method) for method in study.methods]
+        plain = {method: plan.run(p, cell.seed, method) for method in study.methods}
+        return [*needed, *plain.values(), *_validations(study, p, cell.seed).values()]
     except ParameterError as error:
         raise StudyError(f"{study.name}, {cell}: {error}") from error
+
+
+def _validations(study: Study, p: Parameters, seed: int) -> dict[str, tuning.ValidationRun]:
+    return {method: plan.validation_run(p, seed, plan.run(p, seed, method)) for method in study.validated}
 
 
 Key = Callable[[recipes.Spec], str]
@@ -292,12 +307,13 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def settings(cell: Cell) -> str:
-    """What tells a cell's settings from others: a hash of its parameters, its data and its model."""
-    p = cell.parameters
-    made = [plan.data_spec(p, cell.seed), plan.policy_spec(p)]
-    identities = [spec.model_dump(mode="json", context="identity") for spec in made]
-    return digest(p.model_dump_json() + json.dumps(identities))
+def settings(study: Study, cell: Cell) -> str:
+    """What tells a cell's settings from others: a hash of all that its runs are made of, their data and model with it.
+
+    A parameter that none of these runs reads, such as one that is new, is none of it.
+    """
+    needed = [(spec.kind, spec.model_dump(mode="json", context="identity")) for spec in specs(study, cell)]
+    return digest(json.dumps(needed, sort_keys=True))
 
 
 def code(needed: Iterable[recipes.Spec]) -> str:
@@ -340,9 +356,11 @@ def row(study: Study, cell: Cell, store: RunStore) -> dict[str, str]:
     values = {one.rule.name: one.found.mean if one.found else math.nan for one in findings}
     for method in study.methods:
         values |= _end(method, found[store.key(plan.run(p, cell.seed, method))].frame("checkpoints"))
+    validations = _validations(study, p, cell.seed).items()
+    values |= {f"{method}_validation": tuning.means(store, [(method, one)])["reward"][0] for method, one in validations}
     policy, _ = recipes.final_policy(found[store.key(plan.sft_run(p, cell.seed))])
     values |= {"parameters": policy.num_parameters()}
-    provenance = {"settings": settings(cell), "code": code(needed.values())} | _provenance(list(found.values()))
+    provenance = {"settings": settings(study, cell), "code": code(needed.values())} | _provenance(list(found.values()))
     written = cell.labels | {name: shown(value) for name, value in values.items()} | provenance
     return {column: written.get(column, "") for column in study.columns}
 
@@ -371,7 +389,7 @@ def changes(study: Study, kept: Mapping[int, Mapping[str, str]], now: Callable[[
     for number, one in kept.items():
         if any(column not in one for column in study.columns):
             found[number] = "columns"
-        elif one["settings"] != settings(study.cells[number]):
+        elif one["settings"] != settings(study, study.cells[number]):
             found[number] = "settings"
         else:
             found[number] = "" if one["code"] == now(number) else "code"

@@ -102,7 +102,8 @@ def _identity(study: Study) -> str:
     """What all keys of a study follow from: its cells and rules, the library's code and the versions of packages."""
     library = code_fingerprint(__name__, *map(registry.module_of, study.methods))
     rules = [rule.name for rule in study.rules]
-    return studies.digest(json.dumps([library, versions(), rules, *map(studies.settings, study.cells)]))
+    settings = [studies.settings(study, cell) for cell in study.cells]
+    return studies.digest(json.dumps([library, versions(), rules, study.validated, settings]))
 
 
 def _known(study: Study, path: Path) -> dict[str, Any] | None:
@@ -125,7 +126,7 @@ def _all_runs(study: Study, store: RunStore) -> dict[str, Any]:
         own = studies.runs(key, studies.specs(study, study.cells[number]))
         found |= own
         cells[number] = {
-            "settings": studies.settings(study.cells[number]),
+            "settings": studies.settings(study, study.cells[number]),
             "code": studies.code(own.values()),
             "runs": list(own),
         }
@@ -214,7 +215,7 @@ def write_row(path: Path, number: int, store: RunStore) -> None:
     if str(number) not in planned["rows"]:
         raise StudyError(f"{study.name}, cell {number}: its row is not planned")
     cell = study.cells[number] if number < len(study.cells) else None
-    if cell is None or studies.settings(cell) != planned["cells"][number]["settings"]:
+    if cell is None or studies.settings(study, cell) != planned["cells"][number]["settings"]:
         raise StudyError(f"{study.name}, cell {number}: its settings are not those planned; call `study run` again")
     keep(study, number, studies.row(study, cell, store))
 
