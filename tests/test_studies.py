@@ -204,6 +204,20 @@ def test_settings_are_what_a_cells_runs_are_made_of(book, write):
     assert studies.settings(study, study.cells[1]) != studies.settings(study, cell)
 
 
+def test_growth_with_the_number_of_parameters_by_hand(book, write):
+    """Seed 0: 1 at 100, 3 at 1,000 parameters: 2 a power of ten; seed 1: 0 and 4. Seed 2 lacks a model."""
+    write(("seed: [0]", "seed: [0, 1, 2]"))
+    study = studies.read("toy")
+    values = {(0, 0): (100, 1), (1, 0): (1000, 3), (0, 1): (100, 0), (1, 1): (1000, 4), (0, 2): (100, 9)}
+    for number, cell in enumerate(study.cells):
+        place = int(cell.labels["length"] == "long"), cell.seed
+        if place in values:
+            parameters, value = values[place]
+            workflow.keep(study, number, a_row(study, number, C3a=str(value), parameters=str(parameters)))
+    found = studies.by_size(studies.table("toy"))["C3a"]
+    assert found.n == 2 and found.mean == pytest.approx(3) and sorted(found.values) == pytest.approx([2, 4])
+
+
 @pytest.mark.parametrize(
     ("kept", "now", "verdict"),
     [

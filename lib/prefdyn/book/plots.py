@@ -15,6 +15,8 @@ from ..findings.stats import Estimate, over_seeds
 
 PAPER = "#fbfaf7"  # a background that suits light and dark pages
 INK = "#2b2b33"
+MARKS = {"as predicted": "+", "against the prediction": "–", "undecided": "?"}  # verdicts on rules
+SHADES = {"as predicted": "blue", "against the prediction": "orange", "undecided": "grey"}
 # Okabe and Ito's colours, told apart with colour-blindness too
 COLOURS = {
     "blue": "#0072B2",
@@ -122,6 +124,21 @@ def marks(
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+def verdicts(first: tuple[str, Mapping[str, str]], others: pd.DataFrame) -> Figure:
+    """Verdicts on rules as a table of marks: a setting a row, a rule a column, `first` on top and stronger.
+
+    Args: first, how its row is called and its verdicts by rule. others, with the columns setting, rule and verdict;
+    it names the rules that are shown.
+    """
+    settings, rules = ([*dict.fromkeys(others[name])] for name in ("setting", "rule"))
+    title, verdicts = first
+    told = [((title, rule), verdicts[rule], 0.7) for rule in rules if rule in verdicts]
+    told += [((row.setting, row.rule), row.verdict, 0.4) for row in others.itertuples()]
+    fig, ax = plt.subplots(figsize=(6.4, 0.27 * len(settings) + 1.4))
+    marks(ax, [title, *settings], rules, {cell: (MARKS[word], SHADES[word], depth) for cell, word, depth in told})
+    return fig
 
 
 def signed_log(ax: Axes, axis: str, values: pd.Series) -> None:

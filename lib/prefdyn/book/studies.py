@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -459,6 +460,24 @@ def judged(known: Table) -> pd.DataFrame:
                 verdict = stats.judge(found, rule.predicted, rule.threshold)
                 rows.append({"setting": setting, "rule": rule.name, "found": found, "verdict": verdict})
     return pd.DataFrame(rows, columns=["setting", "rule", "found", "verdict"])
+
+
+def by_size(known: Table) -> dict[str, stats.Estimate]:
+    """How much each rule's value grows for ten times as many parameters, over seeds, by rule.
+
+    The slope of a straight line on log10(parameters) through all cells of a seed. Seeds that lack a cell or a value
+    are left out, and so are rules of which fewer than two seeds are left.
+    """
+    axes = [axis for axis in known.study.axes if axis != "seed"]
+    models = len({tuple(cell.labels[axis] for axis in axes if axis in cell.labels) for cell in known.study.cells})
+    found = {}
+    for rule in known.study.rules:
+        whole = known.rows.dropna(subset=[rule.name])
+        each = [own for _, own in whole.groupby("seed") if len(own) == models]
+        slopes = [np.polyfit(np.log10(own["parameters"].astype(float)), own[rule.name], 1)[0] for own in each]
+        if len(slopes) > 1:
+            found[rule.name] = stats.mean_interval(slopes)
+    return found
 
 
 def chosen(study: Study, count: int, seed: int) -> list[int]:

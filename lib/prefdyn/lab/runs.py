@@ -297,7 +297,7 @@ class RunStore:
                 settle(keys[0], functools.partial(self.get, waiting.pop(keys[0]), bar.update))
             torch.set_num_threads(before)
         else:
-            context = multiprocessing.get_context("spawn")
+            context = _workers({type(spec).__module__ for spec in todo.values()})
             done_work = context.Value("d", 0.0)
             running: dict[Future, str] = {}
             with ProcessPoolExecutor(count, context, _start_worker, (threads, done_work, str(self.root))) as pool:
@@ -351,6 +351,16 @@ class RunStore:
 
 
 _worker: dict[str, Any] = {}
+
+
+def _workers(modules: Iterable[str]) -> multiprocessing.context.BaseContext:
+    """How processes are made: copies of one that has imported `modules`, which takes seconds, once for all; where the
+    system cannot, each imports them anew. A plain fork would copy a process that computes, with all its threads."""
+    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(sorted(modules))
+    return context
 
 
 def _end_with_parent() -> None:
