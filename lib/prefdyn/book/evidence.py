@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..findings import ablations, reweighting, stats
+from ..findings import ablations, calibration, reweighting, stats
 from ..lab import recipes
 from ..lab.runs import RunStore
 from ..methods import registry
-from . import plan, variants
+from . import calibrating, plan, variants
 from .params import Parameters
 
 
@@ -190,6 +190,39 @@ def _variant_curves(store: RunStore, p: Parameters, method: str) -> pd.DataFrame
     return _found(store, variant_runs(p, method), "checkpoints").rename(columns={"label": "variant"})
 
 
+def _constructed(p: Parameters) -> dict:
+    """Every construction of the method that is calibrated, trained and measured: {((what, construction), seed): spec}.
+
+    All of them, since readings at equal KL reach as far as all have come.
+    """
+    found = {}
+    for name in calibrating.constructions(p.calibrated):
+        for seed in p.seeds:
+            of = p, seed, p.calibrated
+            run = calibrating.run(*of, name)
+            each = {"run": run, "G": calibrating.alignment(*of, run), "targets": calibrating.targets(*of, run)}
+            found |= {((what, name), seed): spec for what, spec in each.items()}
+    return found
+
+
+def _readings(store: RunStore, p: Parameters) -> pd.DataFrame:
+    """The table of `calibration.reading_table`, of the parameters' construction alone."""
+    specs = _constructed(p)
+    runs = {key: store.find(spec) for key, spec in specs.items()}
+    if missing := [key for key, run in runs.items() if run is None]:
+        (what, name), seed = missing[0]
+        raise NotRun(f"{len(missing)} of {len(runs)} runs are missing, the first: {what} of {name!r}, seed {seed}")
+    tables = {
+        (p.calibrated, seed, calibrating.CONSTRUCTIONS[name]): calibration.tables_of(
+            *(runs[(what, name), seed] for what in ("run", "G", "targets"))
+        )
+        for name in calibrating.constructions(p.calibrated)
+        for seed in p.seeds
+    }
+    table = calibration.reading_table(tables)
+    return table[table["construction"] == str(calibrating.CONSTRUCTIONS[p.construction])]
+
+
 @dataclass(frozen=True)
 class Table:
     """A table that rules read.
@@ -216,5 +249,6 @@ TABLES: dict[str, Table] = {
     "variety of halves": Table(_variety, _explored),
     "roles of thirds": Table(_roles, measured),
     "variants": Table(_variants, variant_runs),
+    "readings": Table(_readings, _constructed),
     "curves of variants": Table(_variant_curves, variant_runs),
 }

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..lens.controls import check_schedule
 from ..methods import registry
-from .profiles import COMMON, EASY, FILE, PRESETS, VARIANTS
+from .profiles import COMMON, CONSTRUCTED, EASY, FILE, PRESETS, VARIANTS
 
 
 class ParameterError(ValueError):
@@ -103,8 +103,18 @@ class Parameters(BaseModel):
     choice_probe: int = Field(description="pairs, demonstrations or replies for G with other choices of D'", ge=2)
     explore_prompts: int = Field(description="held-out prompts that are answered again and again, at most", ge=1)
     explore_samples: int = Field(description="replies to each of them", ge=2)
+    earning_prompts: int = Field(description="held-out prompts whose replies tell the direction of reward", ge=2)
+    earning_samples: int = Field(description="replies to each of them", ge=2)
+    mass_pairs: int = Field(description="unseen pairs whose prompts are answered again and again", ge=2)
+    mass_samples: int = Field(description="replies to each of these prompts", ge=1)
+    calibrated: Literal["imitation", "dpo", "online_dpo", "ppo"] = Field(
+        description="the method whose target is known by construction; imitation: of chosen responses"
+    )
+    construction: Literal[CONSTRUCTED] = Field(description="what is turned round in training, and how often")
     methods: list[str] = Field(description="methods of pairs and of rollouts that are compared", min_length=1)
-    compared_seeds: int = Field(description="seeds of that comparison, the first of `seeds`, at most", ge=1)
+    compared_seeds: int = Field(
+        description="seeds of that and of what takes as long, the first of `seeds`, at most", ge=1
+    )
     rates: list[float] = Field(description="learning rates tried for each of them", min_length=1)
     sequences: int = Field(description="sequences on which G of each is measured: two a pair, one a reply", ge=4)
     group: int = Field(description="replies to a prompt, of methods without a value model", ge=2)

@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..findings.earning import EarningRun
 from ..findings.explore import ExplorationRun
+from ..findings.mass import DisplacementRun, MassRun
 from ..findings.measure import AlignmentRun
 from ..findings.targets import TargetSpec, TargetsRun
 from ..findings.tuning import ValidationRun
@@ -388,6 +390,30 @@ def validation_run(p: Parameters, seed: int, run: PairRun | PPORun | OnlineRun) 
 def exploration_run(p: Parameters, run: PairRun | PPORun) -> ExplorationRun:
     """What a training run's policies say when they are asked again and again."""
     return ExplorationRun(run=run, prompts=p.explore_prompts, samples=p.explore_samples)
+
+
+def earning_run(p: Parameters, seed: int, run: SFTRun | PairRun | PPORun | OnlineRun) -> EarningRun:
+    """G towards reward on the check probe: the true one and a model of the pairs, or that alone."""
+    return EarningRun(
+        run=run,
+        targets=target_spec(p),
+        prompts=p.earning_prompts,
+        samples=p.earning_samples,
+        size=p.choice_probe,
+        probe="check",
+        method=measuring_method(p),
+        learned=reward_run(p, seed),
+    )
+
+
+def mass_run(p: Parameters, seed: int, run: SFTRun | PairRun | PPORun | OnlineRun) -> MassRun:
+    """What a training run's policies say to the prompts of unseen pairs, labelled as the parameters have it."""
+    return MassRun(run=run, pairs=p.mass_pairs, samples=p.mass_samples, data=data_spec(p, seed))
+
+
+def displacement_run(p: Parameters, run: PairRun) -> DisplacementRun:
+    """Which unseen pairs' chosen responses fall in a training run."""
+    return DisplacementRun(run=run, pairs=p.mass_pairs)
 
 
 def alignment_run(

@@ -97,15 +97,18 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, str]]:
     }
 
 
-def forest(ax: Axes, names: Sequence[str], found: Mapping[str, Sequence[Estimate]], small: float = 0.0) -> None:
-    """Estimates with their intervals, a row a name, a colour a measure of `found`; grey: no larger than `small`."""
+def forest(
+    ax: Axes, names: Sequence[str], found: Mapping[str, Sequence[Estimate]], small: float = 0.0, at: float = 0.0
+) -> None:
+    """Estimates with their intervals, a row a name, a colour a measure of `found`; dotted: `at`; grey: no more than
+    `small` from it."""
     gap = 0.66 / max(1, len(found))
     for i, ((label, estimates), colour) in enumerate(zip(found.items(), COLOURS.values(), strict=False)):
         places = [row + (i - (len(found) - 1) / 2) * gap for row in range(len(names))]
         ax.plot([e.mean for e in estimates], places, "o", ms=5, color=colour, label=label)
         ax.hlines(places, [e.low for e in estimates], [e.high for e in estimates], lw=1.6, color=colour)
-    ax.axvspan(-small, small, color=COLOURS["grey"], alpha=0.15, lw=0)
-    ax.axvline(0, color=COLOURS["grey"], lw=0.8, ls=":")
+    ax.axvspan(at - small, at + small, color=COLOURS["grey"], alpha=0.15, lw=0)
+    ax.axvline(at, color=COLOURS["grey"], lw=0.8, ls=":")
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
 

@@ -17,6 +17,8 @@ VARIANTS = (
     "without-bottom",
     "heavy-top",
 )
+# names of `calibrating.CONSTRUCTIONS`
+CONSTRUCTED = ("fixed", "turned once", "turned often", "fact turned once", "fact turned often", "random")
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "seeds": [0, 1],
@@ -162,6 +164,12 @@ COMMON = {
     "ppo_negative": [],
     "explore_prompts": 32,
     "explore_samples": 16,
+    "earning_prompts": 96,
+    "earning_samples": 8,
+    "mass_pairs": 48,
+    "mass_samples": 16,
+    "calibrated": "dpo",
+    "construction": "turned once",
     "target_responses": "final",
     "target_prompts": "held_out",
     "target_decoding": "greedy",

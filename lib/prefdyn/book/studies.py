@@ -25,7 +25,7 @@ from ..findings.claims import RULES, Rule
 from ..lab import recipes
 from ..lab.fingerprint import code_fingerprint, modules_of
 from ..lab.runs import Run, RunStore, project_root
-from . import params, plan
+from . import calibrating, params, plan
 from .evidence import TABLES
 from .judging import apply_rules
 from .params import ParameterError, Parameters
@@ -36,7 +36,7 @@ KEYS = {
     "base": "parameters of all cells",
     "axes": "name: values; the cells are all combinations",
     "grids": "a list of such axes, instead of `axes`",
-    "rules": "names of rules of the ledger",
+    "rules": "names of rules of the ledger, or of readings",
     "validated": "methods of these rules that are measured on validation prompts too; none if left out",
     "tolerances": "default or a column: {relative: a number, absolute: a number}",
 }
@@ -194,7 +194,7 @@ def _study(name: str, given: Any) -> Study:
 
 
 def _rules(given: Any) -> tuple[Rule, ...]:
-    known = {rule.name: rule for rule in RULES}
+    known = {rule.name: rule for rule in (*RULES, *calibrating.READINGS)}
     allowed = f"a list of some of {', '.join(known)}, each once"
     _need(isinstance(given, list) and bool(given), "rules", given, allowed)
     for name in given:

@@ -2,10 +2,14 @@
 
 __all__ = [
     "ablations",
+    "agreement",
+    "calibration",
     "claims",
     "coverage",
+    "earning",
     "explore",
     "firmness",
+    "mass",
     "measure",
     "paired",
     "prediction",
@@ -15,4 +19,5 @@ __all__ = [
     "stats",
     "targets",
     "tuning",
+    "turned",
 ]  # rooms, imported one by one
