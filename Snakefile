@@ -67,10 +67,11 @@ rule chapters:
 
 
 def before(wildcards):
-    """What a chapter waits for: the ledger judges the runs of all others and computes none; it reads studies too."""
+    """What a chapter waits for: the studies that it reads; the ledger, which judges the runs of all others, for these."""
     others = [chapter for chapter in CHAPTERS if chapter != wildcards.chapter]
-    waits = [*expand("book/notebooks/{chapter}.ipynb", chapter=others), *STUDIES]
-    return waits if wildcards.chapter == LEDGER else []
+    reads = "studies.table(" in Path(f"notebooks/{wildcards.chapter}.ipynb").read_text(encoding="utf-8")
+    judged = expand("book/notebooks/{chapter}.ipynb", chapter=others) if wildcards.chapter == LEDGER else []
+    return judged + (STUDIES if reads else [])
 
 
 rule chapter:
