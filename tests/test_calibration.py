@@ -399,7 +399,7 @@ def test_measurements_of_constructions_have_keys_of_their_own(store):
         assert again == spec and type(again.run) is type(spec.run) and store.key(again) == key
         assert spec.model_dump(mode="json")["run"]["turned"] == spec.run.turned
         modules = modules_of(spec)
-        assert modules[0] == "prefdyn.findings.calibration"
+        assert modules[0] == "prefdyn.findings.turned"
         assert ("prefdyn.methods.dpo" in modules) == (spec.run.kind == "turning_dpo")
 
 

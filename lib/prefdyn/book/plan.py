@@ -393,13 +393,13 @@ def exploration_run(p: Parameters, run: PairRun | PPORun) -> ExplorationRun:
 
 
 def earning_run(p: Parameters, seed: int, run: SFTRun | PairRun | PPORun | OnlineRun) -> EarningRun:
-    """G towards reward on the check probe: the true one and a model of the pairs, or that alone."""
+    """G towards reward on `sequences` of the check probe: the true one and a model of the pairs, or that alone."""
     return EarningRun(
         run=run,
         targets=target_spec(p),
         prompts=p.earning_prompts,
         samples=p.earning_samples,
-        size=p.choice_probe,
+        size=max(2, p.sequences // (2 if run.takes == "pairs" else 1)),
         probe="check",
         method=measuring_method(p),
         learned=reward_run(p, seed),

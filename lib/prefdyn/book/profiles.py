@@ -164,7 +164,7 @@ COMMON = {
     "ppo_negative": [],
     "explore_prompts": 32,
     "explore_samples": 16,
-    "earning_prompts": 96,
+    "earning_prompts": 64,
     "earning_samples": 8,
     "mass_pairs": 48,
     "mass_samples": 16,

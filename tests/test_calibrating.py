@@ -1,0 +1,84 @@
+"""Training with known targets as the book plans it: constructions, methods, readings as columns of a study."""
+
+import math
+
+import pytest
+from prefdyn.book import calibrating, evidence, judging, params, profiles, studies
+from prefdyn.findings import calibration
+from prefdyn.lab import turning
+from prefdyn.lab.runs import RunStore
+
+SMALL = {
+    "profile": "smoke", "seeds": [0], "pairs": 32, "check": 16, "demonstrations": 64, "validation": 4, "held_out": 4,
+    "batch": 4, "sft_batch": 8, "sft_steps": 4, "epochs": 1.0, "checkpoints": 2, "width": 16, "probe": 8,
+    "choice_probe": 8, "ppo_probe": 8, "iterations": 8, "rollouts": 8, "ppo_batch": 8, "method": "forward",
+}  # fmt: skip
+
+
+def test_parameters_name_the_constructions_that_there_are():
+    assert tuple(calibrating.CONSTRUCTIONS) == profiles.CONSTRUCTED
+    p = params.check(SMALL)
+    assert p.construction in calibrating.CONSTRUCTIONS
+
+
+def test_constructions_cover_what_stays_what_moves_and_what_has_no_target():
+    truths = {name: calibration.truth(c) for name, c in calibrating.CONSTRUCTIONS.items()}
+    assert [name for name, truth in truths.items() if truth == "stable"] == ["fixed"]
+    assert [name for name, truth in truths.items() if truth == "none"] == ["random"]
+    assert sum(truth == "moving" for truth in truths.values()) == 4
+    assert "random" not in calibrating.constructions("imitation")
+    assert list(calibrating.constructions("ppo")) == list(calibrating.CONSTRUCTIONS)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("imitation", turning.TurningImitationRun),
+        ("dpo", turning.TurningPairRun),
+        ("online_dpo", turning.TurningOnlineRun),
+        ("ppo", turning.TurningPPORun),
+    ],
+)
+def test_each_method_has_its_turning_run_and_a_measurement_that_says_what_is_turned(method, kind):
+    p, store = params.check(SMALL), RunStore("nowhere")
+    runs = {name: calibrating.run(p, 0, method, name) for name in calibrating.constructions(method)}
+    assert all(type(run) is kind for run in runs.values())
+    for measure in (calibrating.alignment, calibrating.targets):
+        keys = {store.key(measure(p, 0, method, run)) for run in runs.values()}
+        assert len(keys) == len(runs)
+
+
+def test_readings_are_columns_of_a_study_with_their_thresholds():
+    assert [rule.name for rule in calibrating.READINGS] == list(calibration.BY_NAME)
+    for rule in calibrating.READINGS:
+        assert rule.threshold == calibration.BY_NAME[rule.name].threshold and rule.predicted == "above"
+
+
+def test_a_row_has_the_readings_of_its_construction_and_reaches_as_far_as_all_have_come(tmp_path):
+    p = params.check(SMALL | {"calibrated": "dpo", "construction": "turned often"})
+    store = RunStore(tmp_path)
+    assert judging.apply_rules(store, p, calibrating.READINGS)[0].verdict == "not run"
+    specs = evidence.TABLES["readings"].needs(p)
+    store.ensure(specs.values(), workers=1)
+    found = {f.rule.name: f.found for f in judging.apply_rules(store, p, calibrating.READINGS)}
+    of = {
+        name: calibration.tables_of(*(store.find(specs[(what, name), 0]) for what in ("run", "G", "targets")))
+        for name in calibrating.CONSTRUCTIONS
+    }
+    limit = min(tables["checkpoints"].sort_values("step")["kl"].iloc[-1] for tables in of.values())
+    expected = calibration.read(of["turned often"], 8, limit)
+    for name in calibration.BY_NAME:
+        if math.isnan(expected[name]):
+            assert found[name] is None or math.isnan(found[name].mean)
+        else:
+            assert found[name].mean == pytest.approx(expected[name]) and found[name].n == 1
+
+
+def test_the_calibration_covers_what_it_should():
+    study = studies.read("calibration")
+    cells = {(cell.labels["calibrated"], cell.labels["construction"], cell.seed) for cell in study.cells}
+    both = {(m, c, s) for m in ("dpo", "ppo") for c in calibrating.CONSTRUCTIONS for s in range(5)}
+    assert both <= cells and len(both) == 6 * 5 * 2
+    p = study.cells[0].parameters
+    assert 2 * p.probe == p.ppo_probe  # a pair is two sequences
+    assert {rule.name for rule in study.rules} == set(calibration.BY_NAME)
