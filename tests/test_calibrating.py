@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 from prefdyn.book import calibrating, evidence, judging, params, profiles, studies
 from prefdyn.findings import calibration
@@ -82,3 +84,33 @@ def test_the_calibration_covers_what_it_should():
     p = study.cells[0].parameters
     assert 2 * p.probe == p.ppo_probe  # a pair is two sequences
     assert {rule.name for rule in study.rules} == set(calibration.BY_NAME)
+
+
+def planted(value) -> pd.DataFrame:
+    """Rows of a study in which every reading of a training is `value(construction, seed)`."""
+    return pd.DataFrame(
+        {"calibrated": method, "construction": name, "seed": seed}
+        | dict.fromkeys(calibration.BY_NAME, value(name, seed))
+        for method in ("dpo", "ppo")
+        for name in calibrating.CONSTRUCTIONS
+        for seed in range(5)
+    )
+
+
+def test_the_error_of_a_perfect_and_of_a_useless_instrument():
+    perfect = calibrating.error(planted(lambda name, seed: float(name == "fixed")))
+    assert (
+        "calls 100% of stable targets stable, and 0% of those that move or are none; as a reading it *tells*" in perfect
+    )
+    rng = np.random.default_rng(0)
+    useless = calibrating.error(planted(lambda name, seed: rng.random()))
+    assert "*tells*" not in useless
+    contrary = calibrating.error(planted(lambda name, seed: float(name != "fixed")), "ppo")
+    assert contrary.startswith("Where targets are known (ppo, n = 5 seeds)")
+    assert "calls 0% of stable targets stable, and 100% of" in contrary and "*does not tell*" in contrary
+
+
+def test_what_has_not_been_calibrated_is_said():
+    assert "has not been computed" in calibrating.error(planted(lambda name, seed: 1.0).iloc[:0])
+    one_kind = planted(lambda name, seed: 1.0).query("construction == 'fixed'")
+    assert len(calibrating.calibrated(one_kind)) == 0 and "has not been computed" in calibrating.error(one_kind)

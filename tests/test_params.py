@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from huggingface_hub import constants
 from IPython.core.inputtransformer2 import TransformerManager
-from prefdyn.book import params, plan, variants
+from prefdyn.book import calibrating, params, plan, variants
 from prefdyn.book.params import PRESETS, ParameterError, check, read_cells
 from prefdyn.lab import policy
 from prefdyn.lab.runs import RunStore
@@ -572,6 +572,9 @@ PPO = {
     "learned_kl": 0.1, "kl_estimator": "k3", "gamma": 0.9, "lam": 0.9, "whiten": False, "stop_kl": 0.1,
 }  # fmt: skip
 EXPLORE = {"explore_prompts": 5, "explore_samples": 3}
+MASS = {"mass_pairs": 5, "mass_samples": 3}
+EARNING = {"earning_prompts": 5, "earning_samples": 3}
+TURNED = {"calibrated": "ppo", "construction": "random"}
 VARIANTS = {
     "switch_at": 0.25, "floor": 0.3, "negative_scale": 0.7, "dpo_positive": [(0, 0.1)], "dpo_negative": [(0, 0.2)],
     "ppo_positive": [(0, 0.3)], "ppo_negative": [(0, 0.4)],
@@ -607,6 +610,22 @@ def test_every_parameter_of_exploration_changes_its_key(tmp_path):
     assert len(keys) == 3
 
 
+def test_every_parameter_of_mass_earning_and_known_targets_changes_their_keys_alone(tmp_path):
+    store, p = RunStore(tmp_path), check(SMALL)
+    makes = {
+        "mass": (MASS, lambda q, run: plan.mass_run(q, 0, run)),
+        "earning": (EARNING | {"sequences": 32}, lambda q, run: plan.earning_run(q, 0, run)),
+        "turned": (TURNED, lambda q, run: calibrating.run(q, 0, q.calibrated, q.construction)),
+    }
+    plain = store.key(plan.run(p, 0, "dpo"))
+    for changed, make in makes.values():
+        others = [p.model_copy(update={name: value}) for name, value in changed.items()]
+        assert len({store.key(make(q, plan.run(q, 0, "dpo"))) for q in (p, *others)}) == 1 + len(changed)
+        assert {store.key(plan.run(q, 0, "dpo")) for q in others} == {plain}
+    sizes = [plan.earning_run(p, 0, plan.run(p, 0, method)).size for method in ("dpo", "ppo")]
+    assert sizes == [p.sequences // 2, p.sequences]
+
+
 def test_every_parameter_of_variants_changes_the_key_of_some_of_them_alone(tmp_path):
     store, p = RunStore(tmp_path), check(SMALL | {"dpo_negative": [[0, 1.0]], "ppo_negative": [[0, 1.0]]})
     plain = {store.key(plan.run(p, 0, "dpo")), store.key(plan.run(p, 0, "ppo"))}
@@ -632,7 +651,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
         "target_prompts": "train", "target_decoding": "sampled", "target_reduction": "mean", "method": "central",
         "today": "2024-12-31",
     }  # fmt: skip
-    elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys()
+    elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys() | MASS.keys() | EARNING.keys() | TURNED.keys()
     elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants"}
     elsewhere |= {"methods", "compared_seeds", "rates", "sequences", "group"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere

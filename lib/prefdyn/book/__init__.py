@@ -1,6 +1,7 @@
 """The book: what a chapter and a reader need. Parameters, plans, figures, pages, the command line."""
 
 __all__ = [
+    "calibrating",
     "cli",
     "comparison",
     "evidence",

@@ -1,5 +1,7 @@
 """Which training G is calibrated on: what is turned, in which methods, and the readings as columns of a study."""
 
+import pandas as pd
+
 from ..findings import calibration, stats
 from ..findings.claims import Rule
 from ..findings.turned import TurnedAlignmentRun, TurnedTargetsRun, measuring
@@ -70,3 +72,40 @@ def _rule(name: str, reading: calibration.Reading) -> Rule:
 
 # Columns of a study, read as a ledger's rules are; they are predictions of nothing.
 READINGS = tuple(_rule(name, reading) for name, reading in calibration.BY_NAME.items())
+
+
+def calibrated(rows: pd.DataFrame) -> pd.DataFrame:
+    """How well readings tell, as `calibration.calibrations` has it; empty where there is nothing to compare.
+
+    Args: rows of the study, with the columns calibrated, construction, seed, and readings.
+    """
+    told = rows.assign(
+        method=rows["calibrated"],
+        truth=[calibration.truth(CONSTRUCTIONS[name]) for name in rows["construction"]],
+    )
+    return calibration.calibrations(told) if told["truth"].nunique() > 1 else pd.DataFrame()
+
+
+def estimate(row: pd.Series, what: str) -> stats.Estimate:
+    """A number of a calibration ("auc", "sensitivity" or "specificity") with its interval over seeds."""
+    return stats.Estimate(row[what], row[f"{what}_low"], row[f"{what}_high"], int(row["seeds"]))
+
+
+def of(found: pd.DataFrame, method: str, reading: str, against: str = "moving + none") -> pd.Series | None:
+    """One calibration, None where there is none."""
+    own = found[(found["method"] == method) & (found["reading"] == reading) & (found["against"] == against)]
+    return own.iloc[0] if len(own) else None
+
+
+def error(rows: pd.DataFrame, method: str = "all") -> str:
+    """The instrument's error as a sentence: of reading a target as stable if G is surely positive at four in five."""
+    found = calibrated(rows)
+    row = of(found, method, "positive") if len(found) else None
+    if row is None:
+        return "How often the reading *G surely positive at four checkpoints in five* errs has not been computed"
+    name = {"all": "four methods together"}.get(method, method)
+    return (
+        f"Where targets are known ({name}, n = {int(row['seeds'])} seeds), *G surely positive at four checkpoints in "
+        f"five* calls {row['sensitivity']:.0%} of stable targets stable, and {1 - row['specificity']:.0%} of those "
+        f"that move or are none; as a reading it *{row['verdict']}* (AUC {estimate(row, 'auc')})"
+    )
