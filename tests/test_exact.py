@@ -526,6 +526,416 @@ def test_who_is_less_likely_at_the_optimum():
     assert close(bars[0], reward.max(), 1e-2) and close(bars[-1], ref.exp() @ reward, 1e-2)
 
 
+def problems(shared: bool, n: int, k: int = 5):
+    """n random policies side by side with one set of features (None: the table): theta, features, log-probs, reward."""
+    features = random(k, 3, seed=2) if shared else None
+    theta = random(n, 3 if shared else k, seed=1)
+    return theta, features, (theta if features is None else theta @ features.T).log_softmax(-1), random(n, k, seed=6)
+
+
+def dpo_velocity(ref, pairs, features=None):
+    """DPO's gradient flow on pairs: a velocity for `exact.flow`."""
+
+    def velocity(theta):
+        logp = (theta if features is None else theta @ features.T).log_softmax(-1)
+        return exact.ascent(sum(exact.pair_weights(logp, ref, pairs, BETA)), logp.exp(), features)
+
+    return velocity
+
+
+@both
+@checks("eq-exact-reward")
+def test_direction_towards_reward_and_g_of_an_update_along_it(shared):
+    """Against autograd, central differences, the language models' code, and both covariances."""
+    theta, features, logp = setting(shared)
+    pi, reward, q = logp.exp(), random(5, seed=6), random(5, seed=8).softmax(-1)
+
+    def expected(at):
+        return (features @ at).softmax(-1) @ reward
+
+    d = exact.reward_direction(pi, reward, features)
+    assert close(d, autograd(expected, theta)) and close(d, features.T @ (pi * (reward - pi @ reward)))
+    h = 1e-5
+    slopes = [(expected(theta + h * e) - expected(theta - h * e)) / (2 * h) for e in torch.eye(len(theta))]
+    assert (torch.stack(slopes) - d).abs().max() < 1e-9
+    model, every = exact.Enumerated(theta, features), exact.say(range(5))
+    measured = alignment.gradient(model, [(every, torch.where(every.response, (pi * reward)[:, None], 0.0))])
+    assert (measured["theta"] - d).abs().max() < 1e-6
+    w = random(5, seed=9)
+    v = exact.ascent(w, pi, features)
+    s = exact.scores(v, pi, features)
+    _, a = alignment.token_scores(model, every, measured)
+    g_reward = float((torch.where(every.response, w[:, None], 0.0) * a).sum())
+    assert g_reward == pytest.approx(float(v @ d), abs=1e-6) and abs(g_reward) > 1e-3
+    assert close(v @ d, (pi * (reward - pi @ reward) * s).sum())
+    assert close(v @ exact.ascent(q, pi, features), (pi * (q / pi - 1) * s).sum())
+    assert float(exact.reward_change(h * v, logp, reward, features)) / h == pytest.approx(float(v @ d), abs=1e-4)
+    grown = float(exact.reward_change(3.0 * v, logp, reward, features))
+    assert grown == pytest.approx(float(expected(theta + 3.0 * v) - expected(theta)))
+    e = (3.0 * s).exp()
+    assert grown == pytest.approx(float((pi * (reward - pi @ reward) * e).sum() / (pi @ e)))
+
+
+@both
+@checks("eq-exact-gain")
+def test_the_integral_of_g_is_the_gain_of_the_final_responses_whatever_moved_the_policy(shared):
+    """Labels drawn anew four times, and pure noise: with D' the end, the integral is a KL divergence."""
+    start, features, ref, _ = problems(shared, 12)
+    count = features.shape[1] if shared else 5
+    uniform, times = torch.full_like(ref, 0.2), torch.linspace(0, 40, 5)
+    phases = {
+        "labels": [
+            dpo_velocity(ref, exact.population(uniform, 2 * random(12, 5, seed=20 + i)), features) for i in range(4)
+        ],
+        "noise": [lambda theta, i=i: 0.05 * random(12, count, seed=30 + i) for i in range(4)],
+    }
+    for name, velocities in phases.items():
+
+        def travel(final, velocities=velocities):
+            theta, gained = start, torch.zeros(12)
+            for velocity in velocities:
+                path, part = exact.gains(velocity, final, theta, times, 0.5, features)
+                theta, gained = path[-1], gained + part[-1]
+            return theta, gained
+
+        theta, _ = travel(ref.exp())
+        end = (theta if features is None else theta @ features.T).log_softmax(-1)
+        for final in (end.exp(), random(12, 5, seed=8).softmax(-1)):
+            assert (travel(final)[1] - (final * (end - ref)).sum(-1)).abs().max() < 1e-7, name
+        assert (travel(end.exp())[1] - exact.kl(end, ref)).abs().max() < 1e-7
+        assert (exact.kl(end, ref) > 1e-3).all()
+
+
+@both
+@checks("eq-exact-sum")
+def test_steps_promise_at_least_the_gain(shared):
+    """Training on one random pair a step: the sum of eta G is the gain and what the forecasts overstate."""
+    theta, features, ref, _ = problems(shared, 20)
+    steps, eta = 30, 0.5
+    generator = torch.Generator().manual_seed(5)
+    moves, at = [], theta
+    for _ in range(steps):
+        logp = (at if features is None else at @ features.T).log_softmax(-1)
+        c, r = torch.randperm(5, generator=generator)[:2]
+        moves.append(eta * exact.ascent((torch.eye(5)[c] - torch.eye(5)[r]).expand(20, -1), logp.exp(), features))
+        at = at + moves[-1]
+    end = (at if features is None else at @ features.T).log_softmax(-1)
+    promised, over, at = torch.zeros(20), torch.zeros(20), theta
+    for move in moves:
+        logp = (at if features is None else at @ features.T).log_softmax(-1)
+        promised += (move * exact.ascent(end.exp(), logp.exp(), features)).sum(-1)
+        over += torch.logsumexp(logp + exact.scores(move, logp.exp(), features), -1)
+        at = at + move
+    gain = exact.kl(end, ref)
+    assert close(promised, gain + over) and (over > 0).all() and (gain > 0).all()
+
+
+@both
+@checks("eq-exact-nearer")
+def test_dpo_on_fixed_pairs_comes_nearer_to_every_later_point(shared):
+    start, features, ref, reward = problems(shared, 20)
+    pairs = exact.population(ref.exp(), reward)
+    path = exact.flow(dpo_velocity(ref, pairs, features), start, torch.linspace(0, 200, 60), 2.0)
+    logp = (path if features is None else path @ features.T).log_softmax(-1)
+    loss = exact.pair_loss(logp, ref, pairs, BETA)
+    for last in (-1, 30):
+        end = path[last]
+        square = (path - end).square().sum(-1)[: last if last > 0 else None] / 2
+        assert (square.diff(dim=0) < 0).all()
+        for at, theta in enumerate(path[:30:7]):
+            slope = (dpo_velocity(ref, pairs, features)(theta) * (theta - end)).sum(-1)
+            assert (slope <= -(loss[7 * at] - loss[last]) + 1e-12).all()
+
+
+@checks("eq-exact-natural")
+def test_along_the_natural_gradient_g_is_what_is_left_to_gain():
+    _, _, ref, reward = problems(False, 30)
+
+    def aim(logp):
+        return (logp.exp() * reward).sum(-1) - BETA * exact.kl(logp, ref)
+
+    def velocity(theta):
+        return reward - BETA * (theta.log_softmax(-1) - ref)
+
+    logp = random(30, 5, seed=7).log_softmax(-1)
+    plain = exact.ascent(logp.exp() * (reward - BETA * (logp - ref)), logp.exp())
+    step = velocity(logp)
+    assert close(exact.natural(plain, logp.exp()), step - step.mean(-1, keepdim=True))
+    for q in (random(30, 5, seed=8).log_softmax(-1), exact.optimum(ref, reward, BETA)):
+        g = (step * exact.ascent(q.exp(), logp.exp())).sum(-1)
+        assert close(g, aim(q) - aim(logp) + BETA * exact.kl(q, logp))
+    # any objective that is concave in the probabilities: here reward less the sum of squares
+    concave, q, pi = lambda pi: (pi * reward - pi.square()).sum(-1), random(30, 5, seed=8).softmax(-1), logp.exp()
+    slope = reward - 2 * pi
+    assert close(exact.natural(exact.ascent(pi * slope, pi), pi), slope - slope.mean(-1, keepdim=True))
+    assert ((slope * exact.ascent(q, pi)).sum(-1) > concave(q) - concave(pi)).all()
+    path = exact.flow(velocity, ref, torch.linspace(0, 6, 40), 0.05).log_softmax(-1)
+    for end in (path[-1], path[20]):
+        steps = path if end is path[-1] else path[:21]
+        g = torch.stack([(velocity(at) * exact.ascent(end.exp(), at.exp())).sum(-1) for at in steps])
+        assert (g > -1e-12).all() and g[0].min() > 1e-3
+
+
+def three(start, asked, reward):
+    """DPO on three responses: its velocity, where it starts, and its loss's pairs."""
+    ref = torch.tensor(start).log()
+    asked, reward = torch.tensor(asked), torch.tensor(reward)
+    return dpo_velocity(ref, asked * (reward[:, None] - reward).sigmoid()), ref
+
+
+def test_g_is_negative_on_the_way_to_a_target_that_never_moves():
+    """Asked one to nine, weights are as (1, 8, -9), the end is nearly (1, 0, 0): 1 * 0.8 - 8 * 0.7 + 9 * 0.1 < 0."""
+    start = [0.2, 0.7, 0.1]
+    velocity, ref = three(start, [[0.0, 0.1, 0.0], [0.1, 0.0, 0.9], [0.0, 0.9, 0.0]], [2.0, 1.0, 0.0])
+    w = velocity(ref)
+    assert close(w / w[0], torch.tensor([1.0, 8.0, -9.0]))
+    assert float(torch.tensor([1.0, 8.0, -9.0]) @ (torch.tensor([1.0, 0, 0]) - ref.exp())) == pytest.approx(-3.9)
+    star = exact.optimum(ref, torch.tensor([2.0, 1.0, 0.0]), 0.05).exp()
+    assert (w * exact.ascent(star, ref.exp())).sum() < 0
+
+
+def test_g_is_positive_although_the_labels_turn():
+    ref = torch.tensor([0.1, 0.1, 0.8]).log()
+    turned = []
+    for c, r in ((0, 1), (1, 0)):
+        pairs = torch.zeros(3, 3)
+        pairs[0, 2] = pairs[1, 2] = pairs[c, r] = 1 / 3
+        turned.append(dpo_velocity(ref, pairs))
+    path = [ref]
+    for turn in range(4):
+        path += list(exact.flow(turned[turn % 2], path[-1], torch.linspace(0, 5, 9), 0.25)[1:])
+    end = path[-1].softmax(-1)
+    g = [turned[i // 8 % 2](at) @ exact.ascent(end, at.softmax(-1)) for i, at in enumerate(path[:-1])]
+    assert min(g) > 0 and exact.kl(end.log(), ref) > 0.1
+
+
+@both
+@checks("eq-exact-reach")
+def test_how_far_reward_can_move_for_its_kl(shared):
+    theta, features, logp, reward = problems(shared, 20)
+    pi = logp.exp()
+    f = exact.fisher(pi, features)
+    phi = torch.eye(5) if features is None else features
+    for i in (0, 7):
+        g = phi - pi[i] @ phi
+        assert close(f[i], sum(pi[i, j] * torch.outer(g[j], g[j]) for j in range(5)))
+    d = exact.reward_direction(pi, reward, features)
+    best = exact.natural(d, pi, features)
+    inverse = torch.linalg.pinv(f, rtol=1e-10, hermitian=True)
+    assert close(best, (inverse @ d[..., None])[..., 0], 1e-8) and close((f @ best[..., None])[..., 0], d, 1e-9)
+    reach = exact.reach(d, pi, features)
+    spread = (pi * (reward - (pi * reward).sum(-1, keepdim=True)) ** 2).sum(-1).sqrt()
+    assert (reach <= spread * (1 + 1e-9)).all() and close(reach, spread, 1e-8) == (not shared)
+    nats = 1e-8
+
+    def of_length(v):  # v^T F v / 2 = nats
+        return v * (2 * nats / (v * (f @ v[..., None])[..., 0]).sum(-1, keepdim=True)).sqrt()
+
+    most = math.sqrt(2 * nats) * reach
+    assert close((of_length(best) * d).sum(-1), most, 1e-12)
+    steps = [of_length(random(20, theta.shape[1], seed=50 + i)) for i in range(200)]
+    assert all(((v * d).sum(-1).abs() <= most * (1 + 1e-9)).all() for v in steps)
+    for v in (of_length(best), steps[0]):
+        after = logp + exact.change(v, logp, features)
+        assert torch.allclose(exact.kl(after, logp), torch.tensor(nats), rtol=1e-3)
+        assert torch.allclose(
+            exact.reward_change(v, logp, reward, features), (v * d).sum(-1), atol=1e-3 * math.sqrt(nats)
+        )
+
+
+@both
+@checks("eq-exact-wedge")
+def test_what_g_says_of_the_change_of_reward(shared):
+    _, features, logp, reward = problems(shared, 20)
+    pi, q = logp.exp(), random(20, 5, seed=8).softmax(-1)
+    d, to_reward = exact.ascent(q, pi, features), exact.reward_direction(pi, reward, features)
+    angle = exact.fisher_cosine(d, to_reward, pi, features)
+    if not shared:
+        centred = reward - (pi * reward).sum(-1, keepdim=True), q / pi - 1
+        inner = [(pi * a * b).sum(-1) for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2)]
+        assert close(angle, inner[0] / (inner[1] * inner[2]).sqrt(), 1e-8)
+    f = exact.fisher(pi, features)
+    for i in range(200):
+        v = random(20, f.shape[-1], seed=100 + i)
+        size = (v * (f @ v[..., None])[..., 0]).sum(-1).sqrt()
+        x = (v * d).sum(-1) / (size * exact.reach(d, pi, features))
+        y = (v * to_reward).sum(-1) / (size * exact.reach(to_reward, pi, features))
+        low, high = exact.wedge(x, angle)
+        assert ((low - 1e-9 <= y) & (y <= high + 1e-9)).all()
+    # both ends are met: steps in the plane of the two natural steps
+    one = exact.natural(d, pi, features) / exact.reach(d, pi, features)[..., None]
+    two = exact.natural(to_reward, pi, features) / exact.reach(to_reward, pi, features)[..., None]
+    side = (two - angle[..., None] * one) / (1 - angle[..., None] ** 2).sqrt()
+    for x in (-0.5, 0.3, 0.9):
+        for sign, bound in zip((-1, 1), exact.wedge(torch.tensor(x), angle), strict=True):
+            v = x * one + sign * math.sqrt(1 - x * x) * side
+            assert close((v * d).sum(-1) / exact.reach(d, pi, features), torch.full((20,), x), 1e-8)
+            assert close((v * to_reward).sum(-1) / exact.reach(to_reward, pi, features), bound, 1e-8)
+
+
+def test_share_of_random_steps_whose_signs_differ():
+    """The angle over 180 degrees, for steps without a preferred direction in the Fisher metric; 20,000 a policy."""
+    _, _, logp, reward = problems(False, 10)
+    pi = logp.exp()
+    d, to_reward = exact.ascent(random(10, 5, seed=8).softmax(-1), pi), exact.reward_direction(pi, reward)
+    v = random(20_000, 10, 5, seed=9) / pi.sqrt()
+    share = ((v * d).sum(-1) * (v * to_reward).sum(-1) < 0).double().mean(0)
+    expected = exact.fisher_cosine(d, to_reward, pi).arccos() / math.pi
+    assert ((share - expected).abs() < 5 * (expected * (1 - expected) / 20_000).sqrt()).all()
+
+
+def test_exercises_on_the_mean_of_g_and_on_right_or_wrong():
+    start, end = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    assert exact.kl(end, start).item() / 10 == pytest.approx(0.037, abs=5e-4)
+    assert math.log(9 / 5) / 10 == pytest.approx(0.059, abs=5e-4) and math.log(5) == pytest.approx(1.61, abs=5e-3)
+    ref, right = random(6, seed=1).log_softmax(-1), torch.tensor([1.0, 0, 0, 1, 1, 0])
+    for beta in (0.1, 2.0):
+        d = exact.ascent(exact.optimum(ref, right, beta).exp(), ref.exp())
+        to_reward = exact.reward_direction(ref.exp(), right)
+        assert exact.fisher_cosine(d, to_reward, ref.exp()).item() == pytest.approx(1)
+        assert close(d / d.norm(), to_reward / to_reward.norm())
+    three_values = torch.tensor([1.0, 0, 0.5, 1, 1, 0])
+    d = exact.ascent(exact.optimum(ref, three_values, 0.1).exp(), ref.exp())
+    assert exact.fisher_cosine(d, exact.reward_direction(ref.exp(), three_values), ref.exp()) < 0.999
+
+
+def test_wedge_by_hand():
+    """cos 60 degrees and a step at 60 degrees from the first: between cos 120 and cos 0."""
+    low, high = exact.wedge(torch.tensor(0.5), torch.tensor(0.5))
+    assert low.item() == pytest.approx(-0.5) and high.item() == pytest.approx(1.0)
+
+
+@both
+@checks("eq-exact-against")
+def test_a_step_that_raises_g_and_lowers_reward(shared):
+    _, features, logp, reward = problems(shared, 20)
+    pi, q = logp.exp(), random(20, 5, seed=8).softmax(-1)
+    d, to_reward = exact.ascent(q, pi, features), exact.reward_direction(pi, reward, features)
+    v = d / d.norm(dim=-1, keepdim=True) - to_reward / to_reward.norm(dim=-1, keepdim=True)
+    cosine = (d * to_reward).sum(-1) / (d.norm(dim=-1) * to_reward.norm(dim=-1))
+    assert close((v * d).sum(-1), d.norm(dim=-1) * (1 - cosine)) and ((v * d).sum(-1) > 0).all()
+    assert close((v * to_reward).sum(-1), -to_reward.norm(dim=-1) * (1 - cosine))
+    small = 1e-4 * v
+    assert (exact.reward_change(small, logp, reward, features) < 0).all()
+    assert ((q * exact.change(small, logp, features)).sum(-1) > 0).all()
+    # none where D' is the policy, tilted in proportion to the reward
+    mean = (pi * reward).sum(-1, keepdim=True)
+    parallel = exact.ascent(pi * (1 + 0.01 * (reward - mean)), pi, features)
+    assert close(parallel, 0.01 * to_reward)
+
+
+@checks("eq-exact-tilt", "eq-exact-pinsker")
+def test_the_most_reward_for_a_kl():
+    _, _, logp, reward = problems(False, 30)
+    pi, value = logp.exp(), (logp.exp() * reward).sum(-1)
+    limit = -(logp.gather(-1, reward.argmax(-1, keepdim=True)))[:, 0]
+    for share in (0.0, 0.01, 0.5, 0.99):
+        best, strength = exact.tilt(logp, reward, share * limit)
+        assert close(exact.kl(best, logp), share * limit, 1e-9)
+        assert close(best, (logp + strength[:, None] * reward).log_softmax(-1))
+    spread = reward.amax(-1) - reward.amin(-1)
+    for seed in range(200):
+        other = (logp + (0.1 + seed / 50) * random(30, 5, seed=300 + seed)).log_softmax(-1)
+        nats, gain = exact.kl(other, logp), (other.exp() * reward).sum(-1) - value
+        assert (gain.abs() <= spread * (nats / 2).sqrt() + 1e-12).all()
+        assert (gain.abs() <= spread * (other.exp() - pi).abs().sum(-1) / 2 + 1e-12).all()
+        kept = nats < limit
+        best, strength = exact.tilt(logp[kept], reward[kept], nats[kept])
+        most = (best.exp() * reward[kept]).sum(-1) - value[kept]
+        assert kept.any() and (gain[kept] <= most + 1e-9).all()
+        assert close(most - gain[kept], exact.kl(other[kept], best) / strength, 1e-7)
+    # to second order in sqrt(KL): the third moment decides whether the tilt beats the first-order bound
+    small = torch.full((30,), 1e-6)
+    best, _ = exact.tilt(logp, reward, small)
+    centred = reward - value[:, None]
+    second, third = (pi * centred**2).sum(-1), (pi * centred**3).sum(-1)
+    more = ((best.exp() - pi) * reward).sum(-1) - (2 * small * second).sqrt()
+    assert torch.allclose(more, third / (3 * second) * small, rtol=1e-2, atol=1e-9) and {True, False} == set(
+        (more > 0).tolist()
+    )
+    # tight: a fair coin that pays 1, and little KL
+    coin, pay = torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0])
+    best, _ = exact.tilt(coin, pay, torch.tensor(1e-6))
+    assert float(best.exp()[0]) - 0.5 == pytest.approx(math.sqrt(0.5e-6), rel=1e-4)
+
+
+def test_tilt_by_hand():
+    """From (1/2, 1/2) to (3/4, 1/4): KL = log 2 - H(3/4, 1/4), strength log 3 for rewards 1 and 0."""
+    nats = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    best, strength = exact.tilt(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]), torch.tensor(nats))
+    assert close(best.exp(), torch.tensor([0.75, 0.25]), 1e-9) and strength.item() == pytest.approx(math.log(3))
+
+
+@both
+@checks("eq-exact-line")
+def test_the_road_of_one_pair_in_closed_form(shared):
+    theta, features, logp = setting(shared)
+    c, r = 1, 3
+    tau = exact.taught(c, r, features)
+    gap = float((features[c] - features[r]).square().sum())
+    assert gap == pytest.approx(float(tau[c] - tau[r]))
+    way = torch.linspace(0, 4, 9)
+    pairs = torch.zeros(5, 5)
+    pairs[c, r] = 1.0
+    times = exact.pair_time(way, gap, BETA)
+    path = exact.flow(dpo_velocity(logp, pairs, features), theta, times, 0.05)
+    assert close(path, theta + way[:, None] * (features[c] - features[r]), 1e-6)
+    assert close(exact.pair_path(logp, tau, way), (path @ features.T).log_softmax(-1), 1e-6)
+
+
+@checks("eq-exact-fate")
+def test_the_three_fates_of_a_chosen_response():
+    seen = set()
+    way = torch.cat([torch.linspace(0, 0.99, 200), torch.logspace(0, 4, 200)])
+    for seed in range(60):
+        features, logp = random(5, 3, seed=seed), random(5, seed=100 + seed).log_softmax(-1)
+        c, r = 0, 1
+        tau = exact.taught(c, r, features)
+        path = exact.pair_path(logp, tau, way)
+        rate = tau - (path.exp() * tau).sum(-1, keepdim=True)
+        assert (path[:, c] - path[:, r]).diff().min() > 0  # the margin
+        assert rate[:, c].diff().max() < 1e-12  # log pi_c is concave
+        assert path[-1, r] < -5
+        for i in (c, r):
+            fate = exact.fate(i, tau, logp.exp())
+            moves = path[:, i].diff()
+            moves = moves[moves.abs() > 1e-12]
+            rises, falls = bool((moves > 0).any()), bool((moves < 0).any())
+            assert (rises, falls) == {
+                "rises for ever": (True, False),
+                "rises, then falls": (True, True),
+                "falls at once": (False, True),
+            }[fate]
+            seen.add((i, fate))
+        assert path[-1].argmax() == tau.argmax()
+    assert seen == {(c, fate) for fate in exact.FATES} | {(r, fate) for fate in exact.FATES[1:]}
+
+
+@checks("eq-exact-bystanders")
+def test_in_the_table_bystanders_change_alike():
+    for seed in range(20):
+        logp = (2 * random(5, seed=seed)).log_softmax(-1)
+        pi, c, r = logp.exp(), 0, 2
+        tau = exact.taught(c, r, torch.eye(5))
+        assert torch.equal(tau, torch.tensor([1.0, 0.0, -1.0, 0.0, 0.0]))
+        way = torch.linspace(0, 6, 50)
+        path = exact.pair_path(logp, tau, way)
+        z = 1 + (way.exp() - 1) * (pi[c] - pi[r] * (-way).exp())
+        for j in (1, 3, 4):
+            assert close(path[:, j] - logp[j], -z.log())
+        assert close(path[:, c] - logp[c], way - z.log()) and (path[:, c].diff() > 0).all()
+        assert exact.fate(c, tau, pi) == "rises for ever"
+        back = max(0.0, float(logp[r] - logp[c]))  # up to here bystanders have more than at the start
+        for at in (0.5 * back, 2 * back + 0.1):
+            bystander = exact.pair_path(logp, tau, torch.tensor([at]))[0, 1] - logp[1]
+            assert at == 0 or bool(bystander > 0) == (at < back)
+        # what squeezes in the negative half is undone in the positive one
+        halves = [exact.scores(exact.ascent(w, pi), pi) for w in (torch.eye(5)[c], -torch.eye(5)[r])]
+        square = pi.square().sum()
+        for j in (1, 3, 4):
+            assert close(halves[0][j], square - pi[j] - pi[c]) and close(halves[1][j], pi[j] + pi[r] - square)
+
+
 def test_flow_by_hand_and_its_order():
     """d theta / dt = -theta from 2: 2 e^-t; halving the step divides the error by 2^4."""
     times = torch.tensor([0.0, 1.0, 3.0])
@@ -577,3 +987,9 @@ def test_what_cannot_be():
         exact.flow(lambda x: x, pi, torch.tensor([1.0, 0.0]), 1.0)
     with pytest.raises(ValueError, match=r"longest=0\.0: must be above 0"):
         exact.flow(lambda x: x, pi, torch.tensor([0.0, 1.0]), 0.0)
+    with pytest.raises(ValueError, match="nats: must be at least 0, and below"):
+        exact.tilt(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]), torch.tensor(0.7))
+    with pytest.raises(ValueError, match="responses 0 and 1 have the same features"):
+        exact.taught(0, 1, torch.ones(3, 2))
+    with pytest.raises(ValueError, match="gap=0"):
+        exact.pair_time(pi, 0.0, 1.0)

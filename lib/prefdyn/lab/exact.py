@@ -197,6 +197,161 @@ def flow(
     return torch.stack(path)
 
 
+def fisher(pi: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+    """F = E_pi[grad log pi grad log pi^T], the covariance of the features under pi, [..., F, F].
+
+    To second order KL(pi_theta+v || pi_theta) = v^T F v / 2. Args: pi, [..., K]. features, [K, F], None for the table.
+    """
+    phi = torch.eye(pi.shape[-1], dtype=pi.dtype) if features is None else _of(features, pi)
+    centred = phi - (pi @ phi)[..., None, :]
+    return centred.mT @ (pi[..., None] * centred)
+
+
+def natural(direction: torch.Tensor, pi: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+    """F^+ direction, [..., F]: the shortest step along which `direction`, a sum of scores, grows most for its KL.
+
+    In the table it is direction / pi, centred. Args: direction, [..., F], in the range of F. pi, [..., K], all above 0.
+    """
+    if features is None:
+        raised = direction / pi
+        return raised - raised.mean(-1, keepdim=True)
+    inverse = torch.linalg.pinv(fisher(pi, features), rtol=1e-12, hermitian=True)
+    return (inverse @ direction[..., None])[..., 0]
+
+
+def reach(direction: torch.Tensor, pi: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+    """|direction| in the Fisher metric, [...]: the largest <direction, v> of a step v with v^T F v = 1.
+
+    Of the direction towards reward in the table it is the reward's standard deviation under pi. Args: as `natural`.
+    """
+    return (direction * natural(direction, pi, features)).sum(-1).clamp(min=0).sqrt()
+
+
+def fisher_cosine(
+    a: torch.Tensor, b: torch.Tensor, pi: torch.Tensor, features: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cosine of the angle between two directions in the Fisher metric, [...]; args as for `natural`."""
+    inner = (a * natural(b, pi, features)).sum(-1)
+    return inner / (reach(a, pi, features) * reach(b, pi, features))
+
+
+def wedge(along: torch.Tensor, cosine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest cosine with a second direction of a step whose cosine with the first is `along`, [...] each.
+
+    cos(angle +- arccos along), angle = arccos cosine the one between the directions. Both are met by some step.
+    """
+    middle = along * cosine
+    half = ((1 - along**2).clamp(min=0) * (1 - cosine**2).clamp(min=0)).sqrt()
+    return middle - half, middle + half
+
+
+def reward_direction(pi: torch.Tensor, reward: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+    """d_R: gradient of the expected reward, [..., F] = features^T (pi * (reward - mean reward)).
+
+    The direction d of G with the reward in the place of final responses. Args: pi and reward, [..., K] each.
+    """
+    return ascent(pi * reward, pi, features)
+
+
+def reward_change(
+    move: torch.Tensor, logp: torch.Tensor, reward: torch.Tensor, features: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Change of the expected reward, [...], when theta moves by `move` [..., F], of any size: exact.
+
+    Cov_pi(reward, e^a) / E_pi e^a with the scores a of the move. Args: as for `change`; reward, [..., K].
+    """
+    moved = (logp + change(move, logp, features)).exp()
+    return ((moved - logp.exp()) * reward).sum(-1)
+
+
+def tilt(logp: torch.Tensor, reward: torch.Tensor, nats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The policy of the largest expected reward among those within KL(. || pi) = nats, and its strength.
+
+    log of pi exp(strength * reward) / Z, [..., K], and the strength, [...], found by halving; 1 / strength is a
+    temperature. Args: logp, reward, [..., K]. nats, [...], at least 0 and below -log pi(what is best).
+    """
+    best = reward == reward.amax(-1, keepdim=True)
+    most = -torch.logsumexp(logp.masked_fill(~best, -torch.inf), -1)
+    nats = torch.as_tensor(nats, dtype=logp.dtype).expand(most.shape)
+    if not bool(((nats >= 0) & (nats < most)).all()):
+        raise ValueError("nats: must be at least 0, and below -log of the probability of the best responses")
+
+    def tilted(strength: torch.Tensor) -> torch.Tensor:
+        return (logp + strength[..., None] * reward).log_softmax(-1)
+
+    low, high = torch.zeros_like(most), torch.ones_like(most)
+    while bool((short := kl(tilted(high), logp) < nats).any()):
+        high = torch.where(short, 2 * high, high)
+    for _ in range(100):
+        middle = (low + high) / 2
+        short = kl(tilted(middle), logp) < nats
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return tilted(high), high
+
+
+def taught(chosen: int, rejected: int, features: torch.Tensor) -> torch.Tensor:
+    """tau_j = <phi_j, phi_chosen - phi_rejected>, [K]: how much response j has of what a pair teaches.
+
+    Raises ValueError for a pair of responses with the same features, which teaches nothing.
+    """
+    tau = features @ (features[chosen] - features[rejected])
+    if not bool(tau[chosen] > tau[rejected]):
+        raise ValueError(f"taught: responses {chosen} and {rejected} have the same features")
+    return tau
+
+
+def pair_path(logp: torch.Tensor, tau: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
+    """Log-probs, [T, K], on the road of any loss on one pair that raises its margin: log of pi e^(way * tau) / Z.
+
+    theta moves along phi_chosen - phi_rejected, by `way` of it. Args: logp, [K], at the start. tau, [K], by `taught`.
+    """
+    return (logp + way[:, None] * tau).log_softmax(-1)
+
+
+def pair_time(way: torch.Tensor, gap: float, beta: float) -> torch.Tensor:
+    """The time at which DPO's gradient flow on one pair, from its reference, has come by `way`.
+
+    (way + (e^(beta gap way) - 1) / (beta gap)) / beta with gap = |phi_chosen - phi_rejected|^2, as the rate of `way` is
+    beta sigmoid(-beta gap way).
+    """
+    _positive("beta", beta)
+    _positive("gap", gap)
+    return (way + torch.expm1(beta * gap * way) / (beta * gap)) / beta
+
+
+FATES = ("rises for ever", "rises, then falls", "falls at once")
+
+
+def fate(i: int, tau: torch.Tensor, pi: torch.Tensor) -> str:
+    """What becomes of log pi_i on the road of a pair, one of FATES; args as for `pair_path`."""
+    if bool(tau[i] <= (pi * tau).sum()):
+        return FATES[2]
+    return FATES[0] if bool(tau[i] == tau.max()) else FATES[1]
+
+
+def gains(
+    velocity: Callable[[torch.Tensor], torch.Tensor],
+    final: torch.Tensor,
+    start: torch.Tensor,
+    times: torch.Tensor,
+    longest: float,
+    features: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The path of `flow` with the integral of G from its start on, [T, ..., F] and [T, ...].
+
+    Args: final, [..., K], the frequencies of the final responses; the others as for `flow`.
+    """
+
+    def both(state: torch.Tensor) -> torch.Tensor:
+        theta = state[..., :-1]
+        v = velocity(theta)
+        pi = (theta if features is None else theta @ features.T).softmax(-1)
+        return torch.cat([v, (v * ascent(final, pi, features)).sum(-1, keepdim=True)], -1)
+
+    path = flow(both, torch.cat([start, torch.zeros_like(start[..., :1])], -1), times, longest)
+    return path[..., :-1], path[..., -1]
+
+
 def _of(features: torch.Tensor, pi: torch.Tensor) -> torch.Tensor:
     if features.ndim != 2 or len(features) != pi.shape[-1]:
         raise ValueError(f"features: given {tuple(features.shape)}, must be [K, F] with K = {pi.shape[-1]} responses")
