@@ -406,6 +406,19 @@ def test_what_was_foretold_by_hand():
         agreement.foretold(table, towards="learned")
 
 
+def test_what_tells_the_change_ahead_by_hand():
+    """Widths of 1, 2 and 1 updates: rates of 3, 1 and 2 make 3, 2 and 2 (times the learning rate)."""
+    rows = {"seed": 0, "part": "full", "towards": "final"}
+    table = pd.DataFrame([rows | {"step": s, "g": g, "g_opt": -g} for s, g in ((0, 3.0), (1, 1.0), (3, 2.0), (4, 9.0))])
+    changes = pd.DataFrame({"seed": 0, "step": [0, 1, 3, 4], "towards": "reward", "change": [3.0, 2.0, 2.0, math.nan]})
+    assert agreement.tells_change(table, changes, "final").mean == pytest.approx(1)
+    assert agreement.tells_change(table, changes, "final", "g_opt").mean == pytest.approx(-1)
+    other = changes.assign(change=[2.0, 2.0, 3.0, math.nan])
+    assert agreement.tells_change(table, other, "final").mean == pytest.approx(-0.5)
+    with pytest.raises(ValueError, match="tells_change"):
+        agreement.tells_change(table, changes.assign(change=1.0), "final")
+
+
 def test_where_they_part_by_hand():
     """z = 1.64, and 2.24 for four together (1 - 0.05 / 4). Seed 0 parts at 20, then at 30; seed 1 never."""
     table = of_seeds({0: [5, 5, 2, 5], 1: [5, 1, 1, -5]}, {0: [5, -1, -2, -5], 1: [5, -5, 5, -5]})

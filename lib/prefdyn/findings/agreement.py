@@ -78,6 +78,27 @@ def foretold(moved: pd.DataFrame, towards: str = "reward", second_order: bool = 
     }
 
 
+def tells_change(
+    earning: pd.DataFrame, moved: pd.DataFrame, towards: str, reading: str = "g", of: str = "reward"
+) -> Estimate:
+    """Does G at a checkpoint tell the change of reward until the next one? Correlation, mean and interval over seeds.
+
+    G stands for a rate: its value by the number of updates in between is compared with the real change, over the
+    intervals of a seed; the learning rate, which is constant, does not enter a correlation. Args: earning, as for
+    `agreement`; moved, with the columns seed, step, towards, change. towards, whose G: "final", "reward" or "learned".
+    reading, "g" (a step of gradient descent) or "g_opt" (of the optimiser). of: which reward changes, "reward" or
+    "learned". Raises ValueError where no seed has three intervals that vary.
+    """
+    require_columns(earning, ["seed", "step", "towards", "part", reading])
+    require_columns(moved, ["seed", "step", "towards", "change"])
+    own = earning[(earning["part"] == "full") & (earning["towards"] == towards)][["seed", "step", reading]]
+    table = own.merge(moved[moved["towards"] == of][["seed", "step", "change"]]).sort_values(["seed", "step"])
+    table["width"] = table.groupby("seed")["step"].shift(-1) - table["step"]
+    known = table.dropna(subset=["change", "width"])
+    found = [_correlation(one[reading] * one["width"], one["change"]) for _, one in known.groupby("seed")]
+    return _over_seeds("tells_change", found, 0.95, within=(-1, 1))
+
+
 def parting(
     earning: pd.DataFrame, towards: str = "reward", part: str = "full", level: float = 0.95, checkpoints: int = 1
 ) -> pd.Series:
