@@ -68,7 +68,7 @@ def test_a_row_has_the_readings_of_its_construction_and_reaches_as_far_as_all_ha
         for name in calibrating.CONSTRUCTIONS
     }
     limit = min(tables["checkpoints"].sort_values("step")["kl"].iloc[-1] for tables in of.values())
-    expected = calibration.read(of["turned often"], 8, limit)
+    expected = calibration.read(of["turned often"], 4, limit)  # 8 replies of PPO's probe are 4 pairs
     for name in calibration.BY_NAME:
         if math.isnan(expected[name]):
             assert found[name] is None or math.isnan(found[name].mean)
@@ -82,7 +82,8 @@ def test_the_calibration_covers_what_it_should():
     both = {(m, c, s) for m in ("dpo", "ppo") for c in calibrating.CONSTRUCTIONS for s in range(5)}
     assert both <= cells and len(both) == 6 * 5 * 2
     p = study.cells[0].parameters
-    assert 2 * p.probe == p.ppo_probe  # a pair is two sequences
+    reader = params.check({"profile": "reader"})
+    assert (p.probe, p.ppo_probe) == (reader.probe, reader.ppo_probe)  # as the ledger's rules have it
     assert {rule.name for rule in study.rules} == set(calibration.BY_NAME)
 
 
@@ -114,3 +115,10 @@ def test_what_has_not_been_calibrated_is_said():
     assert "has not been computed" in calibrating.error(planted(lambda name, seed: 1.0).iloc[:0])
     one_kind = planted(lambda name, seed: 1.0).query("construction == 'fixed'")
     assert len(calibrating.calibrated(one_kind)) == 0 and "has not been computed" in calibrating.error(one_kind)
+
+
+def test_the_curve_of_a_reading_leaves_out_what_has_no_value():
+    rows = planted(lambda name, seed: float(name == "fixed"))
+    rows.loc[rows["seed"] == 3, "cosine"] = np.nan
+    line = calibrating.curve(rows, "cosine")
+    assert line["sensitivity"].tolist() == [0, 1, 1] and line["false_positives"].tolist() == [0, 0, 1]

@@ -169,7 +169,7 @@ def test_rows_stand_in_the_order_of_the_cells_and_those_of_no_cell_are_left_out(
 def test_a_table_says_what_has_changed_since(book, write):
     study = studies.read("toy")
     assert str(studies.table("toy")) == "Of the 2 cells of the study toy none is computed."
-    now = studies.code_today(study)
+    now = studies.code_today(study, 0)
     workflow.keep(study, 0, a_row(study, 0, code=now, C3a="", finished="2026-01-05"))
     workflow.keep(study, 1, a_row(study, 1, code="123456789012"))
     table = studies.table("toy")
@@ -270,7 +270,7 @@ def test_a_row_is_what_its_rules_and_its_runs_say(book):
     runs = [store.get(spec) for spec in studies.runs(store.key, studies.specs(study, study.cells[1])).values()]
     assert len(runs) == 4  # SFT, reference, DPO, G
     assert row["seconds"] == f"{sum(run.json('provenance')['seconds'] for run in runs):.1f}"
-    assert re.fullmatch(r"[0-9a-f]{12}", row["code"]) and row["code"] == studies.code_today(study)
+    assert re.fullmatch(r"[0-9a-f]{12}", row["code"]) and row["code"] == studies.code_today(study, 1)
     assert "torch" in row["versions"] and "cores" in row["hardware"]
     assert workflow.again(study, 1) | {"seconds": row["seconds"], "finished": row["finished"]} == row
 

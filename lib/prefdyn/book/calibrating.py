@@ -79,11 +79,18 @@ def calibrated(rows: pd.DataFrame) -> pd.DataFrame:
 
     Args: rows of the study, with the columns calibrated, construction, seed, and readings.
     """
-    told = rows.assign(
-        method=rows["calibrated"],
-        truth=[calibration.truth(CONSTRUCTIONS[name]) for name in rows["construction"]],
-    )
+    told = rows.assign(method=rows["calibrated"], truth=_truths(rows))
     return calibration.calibrations(told) if told["truth"].nunique() > 1 else pd.DataFrame()
+
+
+def _truths(rows: pd.DataFrame) -> list[str]:
+    return [calibration.truth(CONSTRUCTIONS[name]) for name in rows["construction"]]
+
+
+def curve(rows: pd.DataFrame, reading: str) -> pd.DataFrame:
+    """The ROC curve of a reading over all of these rows (`calibration.roc`); rows without a value are left out."""
+    known = rows.dropna(subset=[reading])
+    return calibration.roc(known[reading], [truth == calibration.STABLE for truth in _truths(known)])
 
 
 def estimate(row: pd.Series, what: str) -> stats.Estimate:

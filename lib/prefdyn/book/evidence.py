@@ -219,7 +219,7 @@ def _readings(store: RunStore, p: Parameters) -> pd.DataFrame:
         for name in calibrating.constructions(p.calibrated)
         for seed in p.seeds
     }
-    table = calibration.reading_table(tables)
+    table = calibration.reading_table(tables, min(2 * p.probe, p.ppo_probe))  # the same for all methods
     return table[table["construction"] == str(calibrating.CONSTRUCTIONS[p.construction])]
 
 

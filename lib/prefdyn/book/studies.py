@@ -397,9 +397,9 @@ def changes(study: Study, kept: Mapping[int, Mapping[str, str]], now: Callable[[
     return found
 
 
-def code_today(study: Study) -> str:
-    """The code that the study's runs would be computed with now: that of its first cell, which reaches what all do."""
-    return code(specs(study, study.cells[0]))
+def code_today(study: Study, number: int) -> str:
+    """The code that a cell's runs would be computed with now; methods may differ from cell to cell, and so may it."""
+    return code(specs(study, study.cells[number]))
 
 
 @dataclass(frozen=True)
@@ -438,8 +438,7 @@ def table(name: str) -> Table:
         numbers = pd.to_numeric(rows[column].replace("", math.nan), errors="coerce")
         if not (numbers.isna() & (rows[column] != "")).any():  # a label such as "0.1M" is no number
             rows[column] = numbers
-    today = code_today(study) if kept else ""
-    return Table(study, rows, tuple(changes(study, kept, lambda number: today).values()))
+    return Table(study, rows, tuple(changes(study, kept, lambda number: code_today(study, number)).values()))
 
 
 def judged(known: Table) -> pd.DataFrame:

@@ -248,18 +248,26 @@ def read(tables: Tables, examples: int, limit: float) -> dict[str, float]:
     return found
 
 
-def equal_examples(runs: Mapping[tuple, Tables]) -> dict[tuple, int]:
-    """How many examples of each run make the same number of sequences for all: a pair is two, all else one."""
+def equal_examples(runs: Mapping[tuple, Tables], sequences: int | None = None) -> dict[tuple, int]:
+    """How many examples of each run make the same number of sequences for all: a pair is two, all else one.
+
+    sequences: how many, at most; by default as many as all have. Raises ValueError where a run has fewer.
+    """
     sizes = {
         key: (2 if "a_rejected" in tables["sequences"] else 1, tables["sequences"]["example"].nunique())
         for key, tables in runs.items()
     }
-    sequences = min(each * count for each, count in sizes.values())
+    most = min(each * count for each, count in sizes.values())
+    if sequences is not None and sequences > most:
+        raise ValueError(f"sequences={sequences}: more than the {most} that every run has")
+    sequences = most if sequences is None else sequences
     return {key: sequences // each for key, (each, _) in sizes.items()}
 
 
-def reading_table(runs: Mapping[tuple[str, int, Construction], Tables]) -> pd.DataFrame:
+def reading_table(runs: Mapping[tuple[str, int, Construction], Tables], sequences: int | None = None) -> pd.DataFrame:
     """All readings of all runs, {(method, seed, construction): `tables_of`}, a row a run.
+
+    sequences: as for `equal_examples`.
 
     Columns: method, seed, construction, truth, the names of BY_NAME, checkpoints (two columns, see `read`), and limit,
     the KL that the constructions of a method and seed are compared up to.
@@ -270,7 +278,7 @@ def reading_table(runs: Mapping[tuple[str, int, Construction], Tables]) -> pd.Da
             for (method, seed, construction), tables in runs.items()
         )
     )
-    examples = equal_examples(runs)
+    examples = equal_examples(runs, sequences)
     rows = []
     for (method, seed, construction), tables in runs.items():
         limit = float(far[method, seed])
