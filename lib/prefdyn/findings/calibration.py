@@ -251,16 +251,14 @@ def read(tables: Tables, examples: int, limit: float) -> dict[str, float]:
 def equal_examples(runs: Mapping[tuple, Tables], sequences: int | None = None) -> dict[tuple, int]:
     """How many examples of each run make the same number of sequences for all: a pair is two, all else one.
 
-    sequences: how many, at most; by default as many as all have. Raises ValueError where a run has fewer.
+    sequences: how many, at most; by default, and at most, as many as all have.
     """
     sizes = {
         key: (2 if "a_rejected" in tables["sequences"] else 1, tables["sequences"]["example"].nunique())
         for key, tables in runs.items()
     }
     most = min(each * count for each, count in sizes.values())
-    if sequences is not None and sequences > most:
-        raise ValueError(f"sequences={sequences}: more than the {most} that every run has")
-    sequences = most if sequences is None else sequences
+    sequences = most if sequences is None else min(sequences, most)
     return {key: sequences // each for key, (each, _) in sizes.items()}
 
 
