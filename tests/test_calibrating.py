@@ -101,13 +101,14 @@ def planted(value) -> pd.DataFrame:
 def test_the_error_of_a_perfect_and_of_a_useless_instrument():
     perfect = calibrating.error(planted(lambda name, seed: float(name == "fixed")))
     assert (
-        "calls 100% of stable targets stable, and 0% of those that move or are none; as a reading it *tells*" in perfect
+        "calls 100% of stable targets stable, and 0% of those that move or are none; as a reading of stability: *tells*"
+        in perfect
     )
     rng = np.random.default_rng(0)
     useless = calibrating.error(planted(lambda name, seed: rng.random()))
     assert "*tells*" not in useless
     contrary = calibrating.error(planted(lambda name, seed: float(name != "fixed")), "ppo")
-    assert contrary.startswith("Where targets are known (ppo, n = 5 seeds)")
+    assert contrary.startswith("Where targets are known (PPO alone, n = 5 seeds)")
     assert "calls 0% of stable targets stable, and 100% of" in contrary and "*does not tell*" in contrary
 
 

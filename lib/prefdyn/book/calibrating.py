@@ -110,9 +110,9 @@ def error(rows: pd.DataFrame, method: str = "all") -> str:
     row = of(found, method, "positive") if len(found) else None
     if row is None:
         return "How often the reading *G surely positive at four checkpoints in five* errs has not been computed"
-    name = {"all": "four methods together"}.get(method, method)
+    name = {"all": "four methods together", "dpo": "DPO alone", "ppo": "PPO alone"}.get(method, method)
     return (
         f"Where targets are known ({name}, n = {int(row['seeds'])} seeds), *G surely positive at four checkpoints in "
         f"five* calls {row['sensitivity']:.0%} of stable targets stable, and {1 - row['specificity']:.0%} of those "
-        f"that move or are none; as a reading it *{row['verdict']}* (AUC {estimate(row, 'auc')})"
+        f"that move or are none; as a reading of stability: *{row['verdict']}* (AUC {estimate(row, 'auc')})"
     )
