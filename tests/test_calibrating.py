@@ -100,10 +100,8 @@ def planted(value) -> pd.DataFrame:
 
 def test_the_error_of_a_perfect_and_of_a_useless_instrument():
     perfect = calibrating.error(planted(lambda name, seed: float(name == "fixed")))
-    assert (
-        "calls 100% of stable targets stable, and 0% of those that move or are none; as a reading of stability: *tells*"
-        in perfect
-    )
+    assert "calls 100% of stable targets stable, and 0% of those that move or are none" in perfect
+    assert "as a reading of stability: *tells*" in perfect
     rng = np.random.default_rng(0)
     useless = calibrating.error(planted(lambda name, seed: rng.random()))
     assert "*tells*" not in useless
