@@ -100,14 +100,16 @@ def planted(value) -> pd.DataFrame:
 
 def test_the_error_of_a_perfect_and_of_a_useless_instrument():
     perfect = calibrating.error(planted(lambda name, seed: float(name == "fixed")))
-    assert "calls 100% of stable targets stable, and 0% of those that move or are none" in perfect
+    assert "calls 1.00 [0.48, 1.00] of stable targets stable, and leaves 1.00 [0.48, 1.00] of those that" in perfect
+    assert "from those that move 1.00 [1.00, 1.00], from none 1.00 [1.00, 1.00] (AUC" in perfect
     assert "as a reading of stability: *tells*" in perfect
     rng = np.random.default_rng(0)
     useless = calibrating.error(planted(lambda name, seed: rng.random()))
     assert "*tells*" not in useless
     contrary = calibrating.error(planted(lambda name, seed: float(name != "fixed")), "ppo")
     assert contrary.startswith("Where targets are known (PPO alone, n = 5 seeds)")
-    assert "calls 0% of stable targets stable, and 100% of" in contrary and "*does not tell*" in contrary
+    assert "calls 0.00 [0.00, 0.52] of stable targets stable, and leaves 0.00 [0.00, 0.52]" in contrary
+    assert "*does not tell*" in contrary
 
 
 def test_what_has_not_been_calibrated_is_said():

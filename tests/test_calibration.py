@@ -173,6 +173,19 @@ def test_a_table_of_readings():
     assert set(BY_NAME) < set(table)
 
 
+def test_all_are_read_at_the_checkpoints_that_all_have():
+    """The second construction has no checkpoint at the second step of five; another seed's are its own."""
+    stable, moving = Construction("nothing", 2), Construction("labels", 2)
+    fewer = {name: table[table["step"] != sorted({*table["step"]})[1]] for name, table in tables().items()}
+    steps = sorted({*tables()["checkpoints"]["step"]})
+    runs = {("dpo", 0, stable): tables(), ("dpo", 0, moving): fewer, ("dpo", 1, stable): tables()}
+    read = calibration.at_common_steps(runs)
+    left = [step for step in steps if step != steps[1]]
+    for key, table in ((key, table) for key, own in read.items() for table in own.values()):
+        assert sorted({*table["step"]}) == (steps if key[1] == 1 else left)
+    assert calibration.reading_table(runs)["checkpoints"].tolist() == [4, 4, 5]
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 

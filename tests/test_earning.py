@@ -393,6 +393,18 @@ def test_agreement_by_hand():
         agreement.agreement(table, reading="se")
 
 
+def test_a_common_trend_makes_no_agreement_of_changes():
+    """0, 1, 2, 3.5 and 0, 2, 3, 5 go together; their changes 1, 1, 1.5 and 2, 1, 2 less."""
+    rows = [
+        {"seed": 0, "step": s, "towards": towards, "part": "full", "g": g}
+        for towards, values in (("final", [0, 1, 2, 3.5]), ("reward", [0, 2, 3, 5]))
+        for s, g in enumerate(values)
+    ]
+    table = pd.DataFrame(rows)
+    assert agreement.agreement(table).mean > 0.97
+    assert agreement.agreement(table, changes=True).mean == pytest.approx(np.corrcoef([1, 1, 1.5], [2, 1, 2])[0, 1])
+
+
 def test_what_was_foretold_by_hand():
     """Predicted 1 2 3, real 2 4 6 (slope 2, correlation 1); with the other end 3 6 9 it is twice that: slope 1."""
     rows = {"step": [0, 1, 2, 3], "moved": [1.0, 2, 3, math.nan], "moved_end": [3.0, 6, 9, math.nan]}
@@ -413,6 +425,9 @@ def test_what_tells_the_change_ahead_by_hand():
     changes = pd.DataFrame({"seed": 0, "step": [0, 1, 3, 4], "towards": "reward", "change": [3.0, 2.0, 2.0, math.nan]})
     assert agreement.tells_change(table, changes, "final").mean == pytest.approx(1)
     assert agreement.tells_change(table, changes, "final", "g_opt").mean == pytest.approx(-1)
+    assert agreement.tells_change(table, changes, "final", "updates").mean == pytest.approx(-0.5)  # 1, 2, 1
+    by_step = np.corrcoef([1, 2 / 2, 1 / 4], [3, 2, 2])[0, 1]
+    assert agreement.tells_change(table, changes, "final", "step").mean == pytest.approx(by_step)
     other = changes.assign(change=[2.0, 2.0, 3.0, math.nan])
     assert agreement.tells_change(table, other, "final").mean == pytest.approx(-0.5)
     with pytest.raises(ValueError, match="tells_change"):

@@ -13,8 +13,7 @@ from ..lab.turning import Construction
 from . import plan
 from .params import Parameters
 
-# One phase in two is turned: with two of them at half-time, with eight at every eighth of training. What stays is
-# looked at as often as what is turned most.
+# One phase in two is turned: with two of them at half-time, with eight at every eighth of training.
 CONSTRUCTIONS = {
     "fixed": Construction(turning.NOTHING, 8),
     "turned once": Construction(turning.LABELS, 2),
@@ -109,10 +108,13 @@ def error(rows: pd.DataFrame, method: str = "all") -> str:
     found = calibrated(rows)
     row = of(found, method, "positive") if len(found) else None
     if row is None:
-        return "How often the reading *G surely positive at four checkpoints in five* errs has not been computed"
-    name = {"all": "four methods together", "dpo": "DPO alone", "ppo": "PPO alone"}.get(method, method)
+        return "How often the reading *G surely positive at nearly every checkpoint* errs has not been computed"
+    name = {"all": "all methods together", "dpo": "DPO alone", "ppo": "PPO alone"}.get(method, method)
+    others = {"those that move": of(found, method, "positive", "moving"), "none": of(found, method, "positive", "none")}
+    areas = [f"from {kind} {estimate(one, 'auc')}" for kind, one in others.items() if one is not None]
     return (
-        f"Where targets are known ({name}, n = {int(row['seeds'])} seeds), *G surely positive at four checkpoints in "
-        f"five* calls {row['sensitivity']:.0%} of stable targets stable, and {1 - row['specificity']:.0%} of those "
-        f"that move or are none; as a reading of stability: *{row['verdict']}* (AUC {estimate(row, 'auc')})"
+        f"Where targets are known ({name}, n = {int(row['seeds'])} seeds), *G surely positive at a share of "
+        f"{calibration.SURE:g} of checkpoints or more* calls {estimate(row, 'sensitivity')} of stable targets stable, "
+        f"and leaves {estimate(row, 'specificity')} of those that move or are none uncalled; the share tells stable "
+        f"targets {', '.join(areas)} (AUC; 0.5 is a coin), as a reading of stability: *{row['verdict']}*"
     )

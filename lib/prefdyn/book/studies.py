@@ -465,7 +465,8 @@ def by_size(known: Table) -> dict[str, stats.Estimate]:
     """How much each rule's value grows for ten times as many parameters, over seeds, by rule.
 
     The slope of a straight line on log10(parameters) through all cells of a seed. Seeds that lack a cell or a value
-    are left out, and so are rules of which fewer than two seeds are left.
+    are left out, and so are rules of which fewer than two seeds are left. Intervals are as wide as so many rules at
+    once ask for (Bonferroni).
     """
     axes = [axis for axis in known.study.axes if axis != "seed"]
     models = len({tuple(cell.labels[axis] for axis in axes if axis in cell.labels) for cell in known.study.cells})
@@ -475,7 +476,7 @@ def by_size(known: Table) -> dict[str, stats.Estimate]:
         each = [own for _, own in whole.groupby("seed") if len(own) == models]
         slopes = [np.polyfit(np.log10(own["parameters"].astype(float)), own[rule.name], 1)[0] for own in each]
         if len(slopes) > 1:
-            found[rule.name] = stats.mean_interval(slopes)
+            found[rule.name] = stats.mean_interval(slopes, level=1 - 0.05 / len(known.study.rules))
     return found
 
 

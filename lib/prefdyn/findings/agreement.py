@@ -33,16 +33,25 @@ def side_by_side(
 
 
 def agreement(
-    earning: pd.DataFrame, towards: str = "reward", reading: str = "g", part: str = "full", level: float = 0.95
+    earning: pd.DataFrame,
+    towards: str = "reward",
+    reading: str = "g",
+    part: str = "full",
+    level: float = 0.95,
+    changes: bool = False,
 ) -> Estimate:
     """Correlation over checkpoints of G towards the final responses and towards a reward: mean and interval over seeds.
 
     Pearson's, one a seed, the interval cut at -1 and 1; a seed of fewer than three checkpoints, or in which one of both
     is constant, is left out. Checkpoints follow each other, so that a common decay makes a correlation too: it says
-    that both fall together, not that one causes the other. Arguments and errors as for `side_by_side`; ValueError where
-    no seed is left.
+    that both fall together, not that one causes the other. changes: correlate the changes from checkpoint to
+    checkpoint, which a common trend does not make. Arguments and errors as for `side_by_side`; ValueError where no seed
+    is left.
     """
-    wide = side_by_side(earning, towards, reading, part)
+    wide = side_by_side(earning, towards, reading, part).sort_values(["seed", "step"])
+    if changes:
+        wide[["final", towards]] = wide.groupby("seed")[["final", towards]].diff()
+        wide = wide.dropna()
     found = [_correlation(one["final"], one[towards]) for _, one in wide.groupby("seed")]
     return _over_seeds("agreement", found, level, (-1, 1))
 
@@ -84,18 +93,21 @@ def tells_change(
     """Does G at a checkpoint tell the change of reward until the next one? Correlation, mean and interval over seeds.
 
     G stands for a rate: its value by the number of updates in between is compared with the real change, over the
-    intervals of a seed; the learning rate, which is constant, does not enter a correlation. Args: earning, as for
+    intervals of a seed. Where the learning rate is constant it does not enter a correlation. Args: earning, as for
     `agreement`; moved, with the columns seed, step, towards, change. towards, whose G: "final", "reward" or "learned".
-    reading, "g" (a step of gradient descent) or "g_opt" (of the optimiser). of: which reward changes, "reward" or
+    reading, "g" (a step of gradient descent) or "g_opt" (of the optimiser); or without G, to compare with: "updates",
+    a rate that is always the same, and "step", one that falls as 1 / (1 + step). of: which reward changes, "reward" or
     "learned". Raises ValueError where no seed has three intervals that vary.
     """
-    require_columns(earning, ["seed", "step", "towards", "part", reading])
+    require_columns(earning, ["seed", "step", "towards", "part", "g"])
     require_columns(moved, ["seed", "step", "towards", "change"])
-    own = earning[(earning["part"] == "full") & (earning["towards"] == towards)][["seed", "step", reading]]
+    own = earning[(earning["part"] == "full") & (earning["towards"] == towards)]
+    own = own.assign(updates=1.0, rate=1 / (1 + own["step"]))
+    own = own[["seed", "step"]].assign(x=own["rate" if reading == "step" else reading])
     table = own.merge(moved[moved["towards"] == of][["seed", "step", "change"]]).sort_values(["seed", "step"])
     table["width"] = table.groupby("seed")["step"].shift(-1) - table["step"]
     known = table.dropna(subset=["change", "width"])
-    found = [_correlation(one[reading] * one["width"], one["change"]) for _, one in known.groupby("seed")]
+    found = [_correlation(one["x"] * one["width"], one["change"]) for _, one in known.groupby("seed")]
     return _over_seeds("tells_change", found, 0.95, within=(-1, 1))
 
 
@@ -124,16 +136,19 @@ def parting(
     return first.reindex(sorted(g["seed"].unique())).astype(float).rename("step").rename_axis("seed")
 
 
-def past_peak(replies: pd.DataFrame, towards: str = "reward", level: float = 0.95) -> pd.DataFrame:
+def past_peak(
+    replies: pd.DataFrame, towards: str = "reward", level: float = 0.95, checkpoints: int = 1
+) -> pd.DataFrame:
     """Where each seed's J is largest, and whether it surely earns less at the end: the other sign of over-optimisation.
 
     Returns seed, peak (step), best, last (J, points), lost (best - last), sure (lost > z sqrt(se^2 + se^2), as if the
     two were independent: prompts are shared, so that it is too careful). The largest of several noisy numbers is too
-    large: a small loss is to be expected even where nothing is lost. Args: replies, with the columns seed, step,
-    towards, reward, se.
+    large: a small loss is to be expected even where nothing is lost. checkpoints: how many it was picked from, by which
+    the chance of error is divided (Bonferroni), as for `parting`. Args: replies, with the columns seed, step, towards,
+    reward, se.
     """
     require_columns(replies, ["seed", "step", "towards", "reward", "se"])
-    z = scipy_stats.norm.ppf(level)
+    z = scipy_stats.norm.ppf(1 - (1 - level) / checkpoints)
     rows = []
     for seed, one in replies[replies["towards"] == towards].sort_values("step").groupby("seed"):
         best, last = one.loc[one["reward"].idxmax()], one.iloc[-1]

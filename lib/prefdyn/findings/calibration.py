@@ -1,7 +1,9 @@
 """Is G a good instrument? Its readings on training whose target is known by construction (`lab.turning`).
 
 A reading is a number of one run, larger where the target is more stable: what a reader of G looks at. All readings,
-their thresholds and what a verdict on them means were written down here before any turning run had been computed.
+their thresholds and what a verdict on them means were written down here before any turning run had been computed. That
+all are read at common checkpoints (`at_common_steps`) was added after first results, when a reader saw that they were
+not.
 """
 
 import math
@@ -262,14 +264,34 @@ def equal_examples(runs: Mapping[tuple, Tables], sequences: int | None = None) -
     return {key: sequences // each for key, (each, _) in sizes.items()}
 
 
-def reading_table(runs: Mapping[tuple[str, int, Construction], Tables], sequences: int | None = None) -> pd.DataFrame:
-    """All readings of all runs, {(method, seed, construction): `tables_of`}, a row a run.
+Runs = Mapping[tuple[str, int, Construction], Tables]  # by method, seed and construction: `tables_of`
+
+
+def at_common_steps(runs: Runs) -> dict[tuple[str, int, Construction], dict[str, pd.DataFrame]]:
+    """Tables with those checkpoints alone that all constructions of a method and seed have.
+
+    Phases end at checkpoints, so that what is turned often has more of them, late in training: shares of checkpoints
+    would differ for that alone.
+    """
+    steps: dict[tuple[str, int], set] = {}
+    for (method, seed, _), tables in runs.items():
+        own = {*tables["checkpoints"]["step"]}
+        steps[method, seed] = steps.get((method, seed), own) & own
+    return {
+        key: {name: table[table["step"].isin(steps[key[:2]])] for name, table in tables.items()}
+        for key, tables in runs.items()
+    }
+
+
+def reading_table(runs: Runs, sequences: int | None = None) -> pd.DataFrame:
+    """All readings of all runs, a row a run, at the checkpoints that all constructions of a method and seed have.
 
     sequences: as for `equal_examples`.
 
     Columns: method, seed, construction, truth, the names of BY_NAME, checkpoints (two columns, see `read`), and limit,
     the KL that the constructions of a method and seed are compared up to.
     """
+    runs = at_common_steps(runs)
     far = equal_kl(
         pd.concat(
             tables["checkpoints"][["step", "kl"]].assign(method=method, seed=seed, construction=str(construction))
