@@ -50,6 +50,17 @@ def test_each_method_has_its_turning_run_and_a_measurement_that_says_what_is_tur
         assert len(keys) == len(runs)
 
 
+def test_a_construction_that_a_method_cannot_have_is_refused_by_name():
+    p = params.check(SMALL)
+    with pytest.raises(
+        params.ParameterError, match=r"construction: given 'random' \(str\), which imitation cannot have"
+    ):
+        calibrating.run(p, 0, "imitation", "random")
+    few = p.model_copy(update={"epochs": 0.5})
+    with pytest.raises(params.ParameterError, match=r"construction: given 'fixed'.*phases=8: must be from 1 to .* 4"):
+        calibrating.run(few, 0, "dpo", "fixed")
+
+
 def test_readings_are_columns_of_a_study_with_their_thresholds():
     assert [rule.name for rule in calibrating.READINGS] == list(calibration.BY_NAME)
     for rule in calibrating.READINGS:
@@ -68,7 +79,10 @@ def test_a_row_has_the_readings_of_its_construction_and_reaches_as_far_as_all_ha
         for name in calibrating.CONSTRUCTIONS
     }
     limit = min(tables["checkpoints"].sort_values("step")["kl"].iloc[-1] for tables in of.values())
-    expected = calibration.read(of["turned often"], 4, limit)  # 8 replies of PPO's probe are 4 pairs
+    common = calibration.at_common_steps({("dpo", 0, calibrating.CONSTRUCTIONS[name]): t for name, t in of.items()})
+    own = common["dpo", 0, calibrating.CONSTRUCTIONS["turned often"]]
+    assert len(own["checkpoints"]) < len(of["turned often"]["checkpoints"])
+    expected = calibration.read(own, 4, limit)  # 8 replies of PPO's probe are 4 pairs
     for name in calibration.BY_NAME:
         if math.isnan(expected[name]):
             assert found[name] is None or math.isnan(found[name].mean)

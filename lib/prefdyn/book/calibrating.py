@@ -1,6 +1,7 @@
 """Which training G is calibrated on: what is turned, in which methods, and the readings as columns of a study."""
 
 import pandas as pd
+from pydantic import ValidationError
 
 from ..findings import calibration, stats
 from ..findings.claims import Rule
@@ -11,7 +12,7 @@ from ..lab.ppo import PPORun
 from ..lab.recipes import PairRun
 from ..lab.turning import Construction
 from . import plan
-from .params import Parameters
+from .params import ParameterError, Parameters
 
 # One phase in two is turned: with two of them at half-time, with eight at every eighth of training.
 CONSTRUCTIONS = {
@@ -35,9 +36,21 @@ def _plain(p: Parameters, seed: int, method: str) -> PairRun | PPORun | OnlineRu
 
 
 def run(p: Parameters, seed: int, method: str, construction: str) -> turning.Turning:
-    """A training run whose target is known by construction, all else as in the plain run of the parameters."""
+    """A training run whose target is known by construction, all else as in the plain run of the parameters.
+
+    Raises ParameterError for a construction that the method cannot have.
+    """
+    if construction not in constructions(method):
+        raise ParameterError(
+            f"construction: given {construction!r} (str), which {method} cannot have; allowed here: one of "
+            + ", ".join(constructions(method))
+        )
     build = turning.imitation if method == "imitation" else turning.turning
-    return build(_plain(p, seed, method), CONSTRUCTIONS[construction])
+    try:
+        return build(_plain(p, seed, method), CONSTRUCTIONS[construction])
+    except ValidationError as error:
+        why = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+        raise ParameterError(f"construction: given {construction!r} (str), not possible here: {why}") from error
 
 
 def alignment(p: Parameters, seed: int, method: str, run: turning.Turning) -> TurnedAlignmentRun:

@@ -45,15 +45,15 @@ def agreement(
     Pearson's, one a seed, the interval cut at -1 and 1; a seed of fewer than three checkpoints, or in which one of both
     is constant, is left out. Checkpoints follow each other, so that a common decay makes a correlation too: it says
     that both fall together, not that one causes the other. changes: correlate the changes from checkpoint to
-    checkpoint, which a common trend does not make. Arguments and errors as for `side_by_side`; ValueError where no seed
-    is left.
+    checkpoint, which a common trend does not make. Arguments and errors as for `side_by_side`; NaN where no seed is
+    left.
     """
     wide = side_by_side(earning, towards, reading, part).sort_values(["seed", "step"])
     if changes:
         wide[["final", towards]] = wide.groupby("seed")[["final", towards]].diff()
         wide = wide.dropna()
     found = [_correlation(one["final"], one[towards]) for _, one in wide.groupby("seed")]
-    return _over_seeds("agreement", found, level, (-1, 1))
+    return _over_seeds(found, level, (-1, 1))
 
 
 def same_side(earning: pd.DataFrame, towards: str = "reward", reading: str = "g", part: str = "full") -> Estimate:
@@ -70,7 +70,7 @@ def foretold(moved: pd.DataFrame, towards: str = "reward", second_order: bool = 
     It is short of 1 by the noise of d, which adds to x^2. correlation: Pearson's. Each over the intervals of a seed.
 
     Args: moved, with the columns seed, towards, moved, moved_end, change (of `EarningRun`). second_order: predict by
-    the mean of d at both ends of the update, which is right to second order. Raises ValueError where nothing is known.
+    the mean of d at both ends of the update, which is right to second order. NaN where nothing is known.
     """
     require_columns(moved, ["seed", "towards", "moved", "moved_end", "change"])
     own = moved[moved["towards"] == towards]
@@ -82,8 +82,8 @@ def foretold(moved: pd.DataFrame, towards: str = "reward", second_order: bool = 
         slopes.append((one["x"] * one["change"]).sum() / square if square > 0 else math.nan)
         correlations.append(_correlation(one["x"], one["change"]))
     return {
-        "slope": _over_seeds("slope", slopes),
-        "correlation": _over_seeds("correlation", correlations, 0.95, (-1, 1)),
+        "slope": _over_seeds(slopes),
+        "correlation": _over_seeds(correlations, 0.95, (-1, 1)),
     }
 
 
@@ -97,7 +97,7 @@ def tells_change(
     `agreement`; moved, with the columns seed, step, towards, change. towards, whose G: "final", "reward" or "learned".
     reading, "g" (a step of gradient descent) or "g_opt" (of the optimiser); or without G, to compare with: "updates",
     a rate that is always the same, and "step", one that falls as 1 / (1 + step). of: which reward changes, "reward" or
-    "learned". Raises ValueError where no seed has three intervals that vary.
+    "learned". NaN where no seed has three intervals that vary.
     """
     require_columns(earning, ["seed", "step", "towards", "part", "g"])
     require_columns(moved, ["seed", "step", "towards", "change"])
@@ -108,7 +108,7 @@ def tells_change(
     table["width"] = table.groupby("seed")["step"].shift(-1) - table["step"]
     known = table.dropna(subset=["change", "width"])
     found = [_correlation(one["x"] * one["width"], one["change"]) for _, one in known.groupby("seed")]
-    return _over_seeds("tells_change", found, 0.95, within=(-1, 1))
+    return _over_seeds(found, 0.95, within=(-1, 1))
 
 
 def parting(
@@ -167,11 +167,9 @@ def _correlation(x: pd.Series, y: pd.Series) -> float:
     return float(np.clip(np.corrcoef(x, y)[0, 1], -1, 1))
 
 
-def _over_seeds(
-    name: str, values: list[float], level: float = 0.95, within: tuple[float, float] | None = None
-) -> Estimate:
-    """`mean_interval` of the values that are known; raises ValueError where none is."""
+def _over_seeds(values: list[float], level: float = 0.95, within: tuple[float, float] | None = None) -> Estimate:
+    """`mean_interval` of the values that are known; NaN of 0 seeds where none is."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
-        raise ValueError(f"{name}: no seed has enough that varies")
+        return Estimate(math.nan, math.nan, math.nan, 0)
     return mean_interval(known, level, within)
