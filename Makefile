@@ -13,13 +13,14 @@ export PATH := $(abspath $(BIN)):$(PATH)
 NOT_LOCKED := ^(torch|triton|nvidia-|cuda-|pytorch-triton)
 
 .DEFAULT_GOAL := help
-.PHONY: help install book verify reference test lint lock clean
+.PHONY: help install book verify reference test peers lint lock clean
 
 help:
 	@echo "make book [PROFILE=smoke|reader|paper]  execute the chapters (what changed) and build the book"
 	@echo "make verify                             execute the chapters and compare numbers and verdicts with data/reference"
 	@echo "make reference                          write those of the executed chapters to data/reference"
 	@echo "make test                               run the tests (the browser's need a built book and chromium)"
+	@echo "make peers                              install the field's trainers and run the tests that use them"
 	@echo "make lint                               check the style of library, tests and notebooks"
 	@echo "make lock                               resolve pyproject.toml into requirements.lock"
 	@echo "make clean                              remove the built book and executed chapters, not the runs"
@@ -59,6 +60,12 @@ reference: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@python -m pytest -rs
+
+# Beside the lock: the book needs none of these, and most tests do not.
+peers: $(VENV)/.installed
+	"$(BIN)/python" -m pip install --quiet -c requirements.lock -e '.[peers]'
+	@python -m pytest -rs tests/test_peers.py tests/test_callback.py tests/test_callback_trl.py tests/test_folders.py \
+	  tests/test_afterwards.py tests/test_lens_cli.py tests/test_precision.py tests/test_sharded.py
 
 lint: $(VENV)/.installed
 	ruff check .

@@ -22,13 +22,15 @@ from traitlets import default
 
 from ..findings import claims, firmness, reference
 from ..lab.runs import RunStore, project_root, versions
-from . import page, params, studies, survey, workflow
+from . import lens_cli, outside_cli, page, params, studies, survey, workflow
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
 runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: list, show, remove.")
 app.add_typer(runs_app, name="runs")
 study_app = typer.Typer(no_args_is_help=True, help="Tables that need hours: compute their cells, check them again.")
 app.add_typer(study_app, name="study")
+for command in (lens_cli.lens, outside_cli.replies, outside_cli.judged):
+    app.command()(command)
 
 
 GIVEN = "parameters given"  # beside the values of a chapter: what it was executed with, but for the profile

@@ -2,7 +2,9 @@
 
 __all__ = [
     "ablations",
+    "afterwards",
     "agreement",
+    "asked",
     "calibration",
     "claims",
     "coverage",

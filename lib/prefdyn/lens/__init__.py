@@ -28,6 +28,7 @@ from .weights import TokenWeights
 __all__ = [
     "Batch",
     "Control",
+    "LensCallback",
     "MeasurementError",
     "TokenWeights",
     "apply",
@@ -51,3 +52,12 @@ __all__ = [
     "token_logps",
     "token_scores",
 ]
+
+
+def __getattr__(name: str):
+    """`LensCallback`, read when it is asked for: what it needs of transformers takes a while to import."""
+    if name == "LensCallback":
+        from .callback import LensCallback
+
+        return LensCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
