@@ -305,6 +305,7 @@ def history(store: RunStore, specs: Iterable[recipes.Spec]) -> dict[str, Cost]:
 
 
 UPDATES = {"pairs": 12, "demonstrations": 12, "rollouts": 5, "": 12}  # of a run that is cut down
+FROM_SCRATCH = 60  # updates of SFT that a random model needs to end its replies, on whose length sampling's cost rests
 CHECKPOINTS = 3  # the first, one on the way, the last
 LONG = 60.0  # seconds after which a trial is broken off
 
@@ -358,7 +359,8 @@ def _reduced(spec: recipes.Spec, known: RunStore, top: bool = True) -> recipes.S
         if isinstance(part := getattr(spec, name), recipes.Spec) and hasattr(part, "kind")
     }
     if "optimisation" in fields:
-        steps = min(spec.optimisation.steps, UPDATES[getattr(spec, "takes", "")])
+        scratch = spec.kind == "sft" and spec.policy.model == "scratch"
+        steps = min(spec.optimisation.steps, FROM_SCRATCH if scratch else UPDATES[getattr(spec, "takes", "")])
         changed["optimisation"] = dataclasses.replace(spec.optimisation, steps=steps)
     if "checkpoints" in fields:
         changed["checkpoints"] = min(spec.checkpoints, CHECKPOINTS)

@@ -30,7 +30,7 @@ def _found(store: RunStore, specs: dict, frame: str) -> pd.DataFrame:
 
 
 def _true_reward(p: Parameters) -> None:
-    if recipes.dataset(plan.data_spec(p, p.seeds[0])).reward is None:
+    if plan.data_spec(p, p.seeds[0]).path is not None:
         raise NotRun("it needs the true reward, which this dataset does not have")
 
 
@@ -120,7 +120,7 @@ def _uniform(store: RunStore, p: Parameters, method: str) -> pd.DataFrame:
     specs = _sizes(p, method)
     ends = _found(store, specs, "checkpoints").sort_values("step").groupby(["label", "seed"]).last()
     steps = _found(store, specs, "steps")
-    pairs = len(recipes.dataset(plan.data_spec(p, p.seeds[0])).pairs)  # a file may hold fewer than were asked for
+    pairs = plan.sizes_of(plan.data_spec(p, p.seeds[0])).pairs
     batches = max(1, pairs // p.batch)  # a pass
     trained = steps[steps["step"] >= steps["step"].max() + 1 - batches].groupby(["label", "seed"])["accuracy"].mean()
     return ends.assign(overfit=trained - ends["check_accuracy"]).reset_index()

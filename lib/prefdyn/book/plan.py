@@ -18,7 +18,9 @@ from ..findings.tuning import ValidationRun
 from ..lab import checkpoints, recipes, sources, world
 from ..lab.online import OnlineRun
 from ..lab.ppo import PPORun, RewardRun
-from ..lab.recipes import DataSpec, ModelSpec, PairRun, PolicySpec, SFTRun, dataset
+from ..lab.recipes import DataSpec, ModelSpec, PairRun, PolicySpec, SFTRun
+from ..lab.runs import RunStore
+from ..lab.sizes import Sizes, sizes
 from ..lab.train import Optimisation
 from ..lens import alignment
 from ..lens.controls import Control
@@ -131,10 +133,15 @@ def measuring_method(p: Parameters) -> str:
     return p.method if p.method != "auto" else _method_that_works(policy_spec(p), data_spec(p, p.seeds[0]))
 
 
+def sizes_of(spec: DataSpec) -> Sizes:
+    """How much there is to train on; a file may hold less than was asked for."""
+    return sizes(spec, RunStore().root)
+
+
 def sft_run(p: Parameters, seed: int) -> SFTRun:
     """Supervised fine-tuning, from which everything else starts."""
     spec = data_spec(p, seed).without_labels()
-    demonstrations = len(dataset(spec).demonstrations)  # a file may hold fewer than were asked for
+    demonstrations = sizes_of(spec).demonstrations
     if p.sft_steps and p.sft_batch > demonstrations:
         raise ParameterError(
             f"sft_batch: given {p.sft_batch} (int), more than the {demonstrations} demonstrations; "
@@ -192,7 +199,7 @@ def _check_choices(method: Method, given: dict, own_choices: list[str]) -> None:
 def _pair_run(p: Parameters, seed: int, method: Method, part: str, lr: float | None = None, **settings) -> PairRun:
     sft = sft_run(p, seed)
     data = data_spec(p, seed)
-    pairs = len(dataset(data).pairs)  # a file may hold fewer than were asked for
+    pairs = sizes_of(data).pairs
     if p.batch > pairs:
         raise ParameterError(
             f"batch: given {p.batch} (int), more than the {pairs} pairs to train on; allowed: 1 to {pairs}"
@@ -221,7 +228,7 @@ def _pair_run(p: Parameters, seed: int, method: Method, part: str, lr: float | N
 def reward_run(p: Parameters, seed: int) -> RewardRun:
     """A reward model trained on the pairs, from the SFT policy of the same seed."""
     data = data_spec(p, seed)
-    pairs = len(dataset(data).pairs)
+    pairs = sizes_of(data).pairs
     batch = min(p.batch, pairs)
     return RewardRun(
         sft=sft_run(p, seed),
@@ -253,7 +260,7 @@ def _rollouts(
     data = data_spec(p, seed)
     if reward == "true":
         data = data.without_labels()
-    prompts = len(dataset(data).prompts["train"])
+    prompts = sizes_of(data).prompts
     if p.rollouts > prompts:
         raise ParameterError(
             f"rollouts: given {p.rollouts} (int), more than the {prompts} training prompts; allowed: 2 to {prompts}"
@@ -383,7 +390,7 @@ SAMPLES = 2  # replies to each validation prompt, at each checkpoint
 
 def validation_run(p: Parameters, seed: int, run: PairRun | PPORun | OnlineRun) -> ValidationRun:
     """What a run earns on validation prompts: by the true reward where there is one, else by a model of the pairs."""
-    known = dataset(data_spec(p, seed)).reward is not None
+    known = data_spec(p, seed).path is None
     return ValidationRun(run=run, reward=None if known else reward_run(p, seed), samples=SAMPLES)
 
 

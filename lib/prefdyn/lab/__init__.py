@@ -17,6 +17,7 @@ __all__ = [
     "ppo",
     "recipes",
     "runs",
+    "sizes",
     "sources",
     "train",
     "turning",

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -246,6 +246,16 @@ def _carried(spec: BaseModel) -> set[str]:
     return own.union(*map(_carried, spec.parents()))
 
 
+def _named(changed: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The files of changed names, by how a spec that carries one calls it, e.g. {"world.SKILLS": ...}."""
+    return {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}
+
+
+def as_written(module: str, carried: Collection[str]) -> bool:
+    """Whether the code that `module` reaches is loaded as it is written, but for the values that are `carried`."""
+    return not any(_named(changes(module)).keys() - set(carried) for changes in (_stated_changes, _computed_changes))
+
+
 def refuse_changes(spec: BaseModel) -> None:
     """Raise RunError if the code that a spec reaches is not loaded as it is written, but for what the spec carries."""
     module = type(spec).__module__
@@ -260,7 +270,7 @@ def refuse_changes(spec: BaseModel) -> None:
         )
     for changes in (_stated_changes, _computed_changes):
         changed = set().union(*map(changes, modules_of(spec)))
-        files = {f"{path.rpartition('.')[2]}.{name}": sys.modules[path].__file__ for path, name in sorted(changed)}
+        files = _named(changed)
         if changed and (names := sorted(files.keys() - _carried(spec))):
             where = ", ".join(sorted({Path(files[name]).name for name in names}))
             raise RunError(
