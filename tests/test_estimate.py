@@ -271,7 +271,7 @@ def test_the_command_says_it_in_words_and_computes_nothing(tmp_path, monkeypatch
     app = typer.Typer()
     app.command()(estimate.estimate)
     told = CliRunner().invoke(app, ["06", "-p", "profile=smoke"])
-    assert told.exit_code == 0 and "Nothing is to be computed: it has no runs" in told.output
+    assert told.exit_code == 0 and "Nothing is to be computed: no run is asked for" in told.output
     refused = CliRunner().invoke(app, ["study:tiny", "-p", "beta=1"])
     assert isinstance(refused.exception, params.ParameterError) and "a study has no parameters" in str(
         refused.exception

@@ -22,6 +22,7 @@ from traitlets import default
 
 from ..findings import claims, firmness, reference
 from ..lab.runs import RunStore, project_root, versions
+from . import estimate as estimating
 from . import lens_cli, outside_cli, page, params, studies, survey, workflow
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Execute chapters of the book and keep their runs.")
@@ -29,7 +30,7 @@ runs_app = typer.Typer(no_args_is_help=True, help="The results that are kept: li
 app.add_typer(runs_app, name="runs")
 study_app = typer.Typer(no_args_is_help=True, help="Tables that need hours: compute their cells, check them again.")
 app.add_typer(study_app, name="study")
-for command in (lens_cli.lens, outside_cli.replies, outside_cli.judged):
+for command in (estimating.estimate, lens_cli.lens, outside_cli.replies, outside_cli.judged):
     app.command()(command)
 
 

@@ -36,11 +36,14 @@ import typer
 from IPython.core.inputtransformer2 import TransformerManager
 from transformers import AutoConfig, PreTrainedModel
 
+from ..findings import afterwards
+from ..findings import asked as asking
+from ..findings.measure import TOKENS_OF
 from ..findings.tuning import ValidationRun
-from ..lab import recipes
+from ..lab import folders, recipes
 from ..lab.runs import MANIFEST, WORTH_A_PROCESS, Run, RunStore
 from ..lens import alignment
-from ..lens.batch import Batch
+from ..lens.batch import Batch, concatenate
 from ..lens.likelihood import sequence_logps
 from ..lens.memory import readable
 from . import params, studies
@@ -584,7 +587,7 @@ class Estimate:
         for name, kind in self.by_kind.items():
             lines.append(f"  {name:18} {kind.missing:7} {kind.there:6} {kind.seconds:8.0f}  {kind.how}")
         if not self.missing:
-            none = f"all {self.there} runs are there" if self.there else "it has no runs computed"
+            none = f"all {self.there} runs are there" if self.there else "no run is asked for"
             lines.append(f"Nothing is to be computed: {none}.")
         many = "1 process" if self.processes == 1 else f"{self.processes} processes"
         lines.append(
@@ -797,6 +800,15 @@ class LensCost:
     memory: float
     disk: float
 
+    def __str__(self) -> str:
+        lines = (
+            f"time    {duration(self.seconds)}, {duration(self.checkpoint)} a checkpoint; replies for D', which "
+            "--targets final needs, and the report come on top",
+            f"memory  {readable(int(self.memory))} beside the libraries",
+            f"disk    {readable(int(self.disk))}",
+        )
+        return "\n".join(lines)
+
 
 TOKEN = 40  # bytes of a row of `tokens` on disk
 TRIED = 8  # rows of a pass that is timed
@@ -875,16 +887,46 @@ def _padded(batch: Batch, rows: int) -> int:
 # The command
 
 
+def estimate_lens(series: folders.Series, question: asking.Question) -> LensCost:
+    """What `prefdyn lens` will take on checkpoints: one of them is read, and passes over some of its probe are timed.
+
+    Raises what the measurement itself would of folders, pairs and methods that do not fit.
+    """
+    method = question.found()
+    tokenizer, where = folders.tokenizer_of(series)
+    probe = asking.draw(question, method, tokenizer, asking.context_of(series))
+    model = folders.Loader(series, where, recipes.device(), asking.DTYPES[question.dtype]).model(series.checkpoints[-1])
+    sides = [probe.batches[name] for name in ("chosen", "rejected")[: 2 if method.takes == "pairs" else 1]]
+    batch = concatenate(sides).to(model.device)
+    way = alignment.choose_method(model, tokenizer)
+    return lens_cost(
+        model, batch, len(series.checkpoints), rows=afterwards.ROWS, method=way, sides=len(sides), kept=TOKENS_OF
+    )
+
+
 def estimate(
-    what: Annotated[str, typer.Argument(help="a chapter's name, number or path, or study:NAME")],
+    what: Annotated[str, typer.Argument(help="a chapter's name, number or path, study:NAME, or lens")],
+    checkpoints: Annotated[list[Path], typer.Argument(help="of lens: folders that a trainer saved")] = [],  # noqa: B006
     parameter: Annotated[list[str], typer.Option("-p", "--parameter", help="name=value; repeat for more")] = [],  # noqa: B006
+    pairs: Annotated[str | None, typer.Option(help="of lens: the preference file")] = None,
+    method: Annotated[str, typer.Option(help="of lens: whose weights")] = "dpo",
+    base: Annotated[str | None, typer.Option(help="of lens: the base model of adapters")] = None,
+    probe: Annotated[int, typer.Option(help="of lens: pairs to measure on, at most")] = 64,
+    dtype: Annotated[str, typer.Option(help="of lens: float32 or bfloat16")] = "float32",
 ) -> None:
-    """Say what a chapter or a study will take - time, disk, memory - before anything runs."""
+    """Say what a chapter, a study or the lens on checkpoints will take - time, disk, memory - before anything runs."""
     from . import cli
 
     given = cli.parse_assignments(parameter)
     kind, colon, name = what.partition(":")
-    if colon and kind == "study":
+    if what != "lens" and (checkpoints or pairs is not None):
+        raise params.ParameterError(f"{what!r}: checkpoints and --pairs are for 'lens' alone; allowed: -p name=value")
+    if what == "lens":
+        if not checkpoints or pairs is None or given:
+            raise params.ParameterError("lens: needs folders of checkpoints and --pairs FILE, and takes no -p")
+        question = asking.Question(pairs=pairs, method=method, probe=probe, dtype=dtype)
+        typer.echo(estimate_lens(folders.read(checkpoints, base), question))
+    elif colon and kind == "study":
         if given:
             raise params.ParameterError(f"-p {parameter[0]!r}: a study has no parameters; its file says them all")
         typer.echo(estimate_study(name))
