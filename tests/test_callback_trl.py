@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from prefdyn.lab.policy import word_tokenizer
-from prefdyn.lens import alignment
+from prefdyn.lens import alignment, probing
 from prefdyn.lens.batch import Batch
 from prefdyn.lens.callback import LensCallback
 from prefdyn.lens.likelihood import token_logps
@@ -190,7 +190,7 @@ TARGETS = [{"prompt": "w1 w2", "response": "w3 w4"}, {"prompt": "w5", "response"
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2"])
-def test_grpo_is_that_of_the_offline_route_on_its_own_rollouts(architecture, tmp_path):
+def test_grpo_is_that_of_the_offline_route_on_its_own_rollouts(architecture, tmp_path, monkeypatch):
     """Where positions are learned (gpt2), prompts that are padded on the left are read as the trainer places them."""
     ids = {"pad_token_id": None, "eos_token_id": TOKENIZER.eos_token_id, "bos_token_id": None}
     model = build(architecture, 0, vocab_size=len(TOKENIZER), **ids)
@@ -198,14 +198,14 @@ def test_grpo_is_that_of_the_offline_route_on_its_own_rollouts(architecture, tmp
     settings = {"num_iterations": 2, "temperature": 4.0, "beta": 0.0, "learning_rate": 1e-3}  # far from certain
     trainer = trainer_of("GRPO", tmp_path, rows, model=model, size=6, **settings)
     made, kept = lens(trainer, tmp_path, targets=TARGETS, every=1), {}
-    event = made._probed
+    plain = probing.probed
 
-    def also(batches):
-        found = event(batches)
-        kept[trainer.state.global_step] = (batches[0][1], made._direction, found[1])
+    def also(trainer, layout, batches, direction, method):
+        found = plain(trainer, layout, batches, direction, method)
+        kept[trainer.state.global_step] = (batches[0][1], direction, found.ascent)
         return found
 
-    made._probed = also
+    monkeypatch.setattr(probing, "probed", also)
     trainer.train()
     assert not made.quiet and "compute_loss" not in vars(trainer)
     inputs, direction, ascent = kept[2]

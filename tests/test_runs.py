@@ -8,7 +8,6 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
 import re
 import shutil
 import sys
@@ -21,7 +20,7 @@ import torch
 from prefdyn.book import plan
 from prefdyn.book.params import check
 from prefdyn.findings import claims, measure
-from prefdyn.lab import fingerprint, policy, recipes, runs, train, warm, world, worlds
+from prefdyn.lab import fingerprint, policy, recipes, runs, train, world, worlds
 from prefdyn.lab.runs import RunError, RunStore, code_fingerprint
 from prefdyn.lab.world import TONES, Prompt, World
 from prefdyn.lab.worlds import EASY, HARD
@@ -684,27 +683,3 @@ def test_a_library_that_finds_no_room_says_so_in_its_own_way(store, toy, traces,
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(RunError, match=r"there is no room to keep runs \(a was told to stop\)"):
         store.get(toy("a"))
-
-
-def test_workers_find_data_sets_made_and_the_environment_is_left_as_it_was(monkeypatch):
-    """What `warm` is asked is made when it is imported; a process that is not asked makes nothing."""
-    spec = plan.sft_run(check({"profile": "smoke"}), 5)
-    text = warm.asked([spec])
-    assert json.loads(text)["data"] == [spec.data.model_dump(mode="json")]
-    recipes.dataset.cache_clear()
-    warm.make(text)
-    before = recipes.dataset.cache_info()
-    recipes.dataset(spec.data)
-    assert (recipes.dataset.cache_info().hits, before.misses) == (before.hits + 1, 1)
-    known = dict(os.environ)
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    with runs._environment(runs.ALLOCATOR | {warm.ASKED: text}):
-        assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "1"  # what the user has set stays
-        assert os.environ[warm.ASKED] == text
-    assert dict(os.environ) == known | {"MALLOC_TRIM_THRESHOLD_": "1"}
-
-
-def test_data_that_cannot_be_made_ends_no_worker_before_it_begins():
-    broken = json.loads(warm.asked([plan.sft_run(check({"profile": "smoke"}), 5)]))
-    broken["data"][0]["skills"] = [["nobody", -1.0, 2.0, 2.0]]
-    warm.make(json.dumps(broken))  # the run that needs it says what is wrong

@@ -21,7 +21,6 @@ __all__ = [
     "sources",
     "train",
     "turning",
-    "warm",
     "world",
     "worlds",
 ]  # rooms, imported one by one

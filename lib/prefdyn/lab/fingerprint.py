@@ -219,7 +219,7 @@ def _computed_changes(module: str) -> set[tuple[str, str]]:
     return _differing(_derived(module))
 
 
-def parts(value: Any) -> Iterator[BaseModel]:
+def _models(value: Any) -> Iterator[BaseModel]:
     """All models in a value, itself included."""
     if isinstance(value, BaseModel):
         yield value
@@ -228,7 +228,7 @@ def parts(value: Any) -> Iterator[BaseModel]:
         value = list(value.values())
     if isinstance(value, list | tuple):
         for part in value:
-            yield from parts(part)
+            yield from _models(part)
 
 
 def modules_of(spec: BaseModel) -> list[str]:
@@ -236,13 +236,13 @@ def modules_of(spec: BaseModel) -> list[str]:
 
     The latter are found at run time, such as that of a method by its name; no import leads to them.
     """
-    found = {module for model in parts(spec) for module in getattr(model, "reaches", list)()}
+    found = {module for model in _models(spec) for module in getattr(model, "reaches", list)()}
     return [type(spec).__module__, *sorted(found)]
 
 
 def _carried(spec: BaseModel) -> set[str]:
     """What a spec carries of the library's values, in itself and in its parents, e.g. {"world.SKILLS"}."""
-    own = {name for model in parts(spec) for name in getattr(type(model), "carries", ())}
+    own = {name for model in _models(spec) for name in getattr(type(model), "carries", ())}
     return own.union(*map(_carried, spec.parents()))
 
 

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from filelock import FileLock, SoftFileLock
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from . import warm
 from .fingerprint import RunError, code_fingerprint, modules_of, refuse_changes
 
 NUMERIC_PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -299,7 +297,7 @@ class RunStore:
                 settle(keys[0], functools.partial(self.get, waiting.pop(keys[0]), bar.update))
             torch.set_num_threads(before)
         else:
-            context = _workers([*todo.values()])
+            context = _workers({type(spec).__module__ for spec in todo.values()})
             done_work = context.Value("d", 0.0)
             running: dict[Future, str] = {}
             with ProcessPoolExecutor(count, context, _start_worker, (threads, done_work, str(self.root))) as pool:
@@ -355,34 +353,13 @@ class RunStore:
 _worker: dict[str, Any] = {}
 
 
-# What a worker's memory allocator is told before it starts: to keep what is given back. By default glibc returns
-# tensors of some megabytes to the system and asks for them again, page by page, in every step: a tenth of the time.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
-
-
-@contextlib.contextmanager
-def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """Inside, the environment variables of `more` are set, for a process that starts; one that is there stays."""
-    new = {name: value for name, value in more.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
-
-
-def _workers(specs: Iterable[BaseModel]) -> multiprocessing.context.BaseContext:
-    """How processes are made: copies of one that has imported and made, once for all, what `specs` share (`warm`).
-
-    Where the system cannot, each does so anew. A plain fork would copy a process that computes, with all its threads.
-    """
+def _workers(modules: Iterable[str]) -> multiprocessing.context.BaseContext:
+    """How processes are made: copies of one that has imported `modules`, which takes seconds, once for all; where the
+    system cannot, each imports them anew. A plain fork would copy a process that computes, with all its threads."""
     if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*sorted({type(spec).__module__ for spec in specs}), warm.__name__])
-    with _environment(ALLOCATOR | {warm.ASKED: warm.asked(specs)}):
-        forkserver.ensure_running()
+    context.set_forkserver_preload(sorted(modules))
     return context
 
 
