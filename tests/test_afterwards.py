@@ -373,6 +373,7 @@ def test_what_is_longer_than_the_model_reads_is_left_out_and_counted(run, tmp_pa
         file.write(json.dumps({"prompt": "w1 " * 30, "chosen": "w2 " * 30, "rejected": "w3"}) + "\n")
     told = about(follow(run, tmp_path, probe=100, targets="chosen"))
     assert told["data"]["left_out"] == {"longer than the 48 tokens that the model reads": 1}
+    assert "0 others that can be used; G holds what each of them does to itself." in told["targets"]["sentence"]
 
 
 def test_words_that_the_tokenizer_does_not_know_are_counted(run, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from prefdyn.lab.policy import word_tokenizer
-from prefdyn.lens import alignment, callback, captured
+from prefdyn.lens import alignment, callback, captured, folder
 from prefdyn.lens.batch import Batch
 from prefdyn.lens.callback import LensCallback
 from prefdyn.lens.groups import groups
@@ -436,6 +436,18 @@ def test_the_same_run_continues_its_folder_and_another_is_refused(tmp_path):
         LensCallback(trainer, report=tmp_path / "lens")
 
 
+def test_a_folder_is_continued_whatever_its_texts_hold_and_however_its_writer_ended(tmp_path):
+    made = folder.Folder(tmp_path, {"seed": 5})
+    made.begin(0)
+    rows = [{"step": step, "token": token} for step, token in enumerate(["a\u2028b", "\x85", "c\n", "d"])]
+    made.append("tokens", rows)
+    with (tmp_path / "tokens.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2, "tok')  # killed in the middle of a line
+    made.begin(3)
+    kept = (tmp_path / "tokens.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert [json.loads(line) for line in kept] == rows[:3]
+
+
 def test_the_report_is_made_by_whoever_offers_to(tmp_path, monkeypatch):
     asked = []
     entry = SimpleNamespace(load=lambda: lambda folder: asked.append(folder))
@@ -463,3 +475,4 @@ def test_about_says_what_the_contract_asks_for(tmp_path):
     assert said["targets"] == {"what": "chosen", "count": 6, "sentence": "the completions of the probe"}
     assert said["model"]["parameters"] == said["model"]["moving"] == sum(p.numel() for p in trainer.model.parameters())
     assert any("prefdyn lens RUN/checkpoint-*" in note for note in said["notes"])
+    assert any("what each of them does to itself" in note for note in said["notes"])

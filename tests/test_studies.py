@@ -218,6 +218,25 @@ def test_growth_with_the_number_of_parameters_by_hand(book, write):
     assert found.n == 2 and found.mean == pytest.approx(3) and sorted(found.values) == pytest.approx([2, 4])
 
 
+def test_rules_are_judged_where_a_setting_touches_them_and_shared_cells_come_once(book, write):
+    """Two grids that meet in epochs 1, lr 0.01; along lr nothing changes C3a, so it says nothing of C3a there."""
+    grids = "grids: [{epochs: [1.0, 2.0], seed: [0, 1]}, {lr: [0.01, 0.1], seed: [0, 1]}]"
+    axes = "axes:\n  length: {short: {epochs: 1.0}, long: {epochs: 2.0, lr: 1e-2}}\n  seed: [0]"
+    write((axes, grids), ("base: {profile: smoke,", "base: {profile: smoke, epochs: 1.0, lr: 0.01,"))
+    study = studies.read("toy")
+    values = {("1", ""): (0.1, 0.2), ("2", ""): (0.9, 0.8), ("", "0.01"): (0.1, 0.2), ("", "0.1"): (0.1, 0.2)}
+    for number, cell in enumerate(study.cells):
+        place = {axis: cell.labels.get(axis, "") for axis in ("epochs", "lr")}
+        value = values[place["epochs"], place["lr"]][cell.seed]
+        workflow.keep(study, number, a_row(study, number, C3a=str(value), **place))
+    found = studies.judged(studies.table("toy"))
+    assert found["setting"].tolist() == [studies.OWN, "epochs 2"]
+    assert [sorted(e.values) for e in found["found"]] == [[0.1, 0.2], [0.8, 0.9]]
+    whole = studies.table("toy")
+    few = studies.Table(study, whole.rows[whole.rows["seed"] == 0], ("",) * 4)
+    assert not len(studies.judged(few)) and not len(studies.judged(studies.Table(study, whole.rows[:0], ())))
+
+
 @pytest.mark.parametrize(
     ("kept", "now", "verdict"),
     [

@@ -441,24 +441,48 @@ def table(name: str) -> Table:
     return Table(study, rows, tuple(changes(study, kept, lambda number: code_today(study, number)).values()))
 
 
+OWN = "the book's own values"  # a setting that several grids of a study share
+
+
 def judged(known: Table) -> pd.DataFrame:
     """The study's rules judged over seeds, under each of its settings.
 
-    Columns: setting (its labels but for the seed, in words), rule, found (Estimate over seeds), verdict. Rules of which
-    fewer than two seeds are known under a setting are left out there.
+    Columns: setting (its labels but for the seed, in words; OWN for the cells in which several grids meet, which come
+    once, first), rule, found (Estimate over seeds), verdict. Left out are rules of which fewer than two seeds are known
+    under a setting, and those that nothing along a grid touches: their values are the same at all of its settings.
     """
     axes = [axis for axis in known.study.axes if axis != "seed"]
+    labels = known.rows[axes].map(lambda label: "" if pd.isna(label) else shown(label))
+    grid = labels.apply(lambda row: ", ".join(axis for axis in axes if row[axis]), axis=1)
+    setting = labels.apply(lambda row: ", ".join(f"{axis} {row[axis]}" for axis in axes if row[axis]), axis=1)
+    shared = setting.map(_shared(known.study)).fillna(False).astype(bool)
+    table = known.rows.assign(grid=grid, setting=setting.mask(shared, OWN)) if len(known.rows) else None
     rows = []
-    for labels, own in known.rows.groupby(axes, sort=False, dropna=False):
-        told = zip(axes, labels if isinstance(labels, tuple) else (labels,), strict=True)
-        setting = ", ".join(f"{axis} {label}" for axis, label in told if label != "" and not pd.isna(label))
+    for one in () if table is None else sorted(table["setting"].unique(), key=lambda name: name != OWN):
+        own = table[table["setting"] == one]
         for rule in known.study.rules:
-            values = own[rule.name].dropna()
-            if len(values) > 1:
+            values = own.drop_duplicates("seed")[rule.name].dropna()
+            if len(values) > 1 and (one == OWN or _touches(table[table["grid"] == own["grid"].iloc[0]], rule.name)):
                 found = stats.mean_interval(values)
                 verdict = stats.judge(found, rule.predicted, rule.threshold)
-                rows.append({"setting": setting, "rule": rule.name, "found": found, "verdict": verdict})
+                rows.append({"setting": one, "rule": rule.name, "found": found, "verdict": verdict})
     return pd.DataFrame(rows, columns=["setting", "rule", "found", "verdict"])
+
+
+def _shared(study: Study) -> dict[str, bool]:
+    """For each setting of a study, in words, whether another of its grids has the same parameters."""
+    names: dict[str, set[str]] = {}
+    for cell in study.cells:
+        told = ", ".join(f"{axis} {label}" for axis, label in cell.labels.items() if axis != "seed")
+        names.setdefault(cell.parameters.model_dump_json(), set()).add(told)
+    return {name: len(alike) > 1 for alike in names.values() for name in alike}
+
+
+def _touches(grid: pd.DataFrame, rule: str) -> bool:
+    """Whether the value of a rule differs anywhere along a grid, for any seed; of one setting alone that is taken on
+    trust."""
+    each = grid.groupby("seed")[rule].nunique(dropna=True)
+    return grid["setting"].nunique() < 2 or bool((each > 1).any())
 
 
 def by_size(known: Table) -> dict[str, stats.Estimate]:

@@ -347,7 +347,8 @@ def make_targets(
     rows, which = _drawn_from(question, probe)
     if question.targets == "chosen":
         pairs = [(row["prompt"], row["chosen"]) for row in rows]
-        return _from_texts(question, tokenizer, pairs, f"The chosen responses to {which}", context)
+        own = "" if rows == probe.others[: len(rows)] else "; G holds what each of them does to itself"
+        return _from_texts(question, tokenizer, pairs, f"The chosen responses to {which}{own}", context)
     prompts = [row["prompt"] for row in rows]
     longest = max(int(batch.response.sum(-1).max()) for batch in probe.batches.values())
     most, why = (

@@ -34,6 +34,10 @@ from .faithful import faithful
 
 SHARE = 0.10  # of the time of training that measurements at evaluation steps may take
 FEW = 4  # targets that the way of measuring is tried out on
+OWN = (
+    "The loss of the probe is about the very responses that are targets: G of the probe holds what each of them does to "
+    "itself, and that is the more the fewer they are. G of `steps` is of batches of training."
+)
 REPORTS = "prefdyn.report"  # group of entry points; that named "html" makes a report of a folder
 SETTINGS = ("beta", "label_smoothing", "ld_alpha", "desirable_weight", "undesirable_weight", "epsilon", "epsilon_high")
 SETTINGS += ("temperature", "num_generations", "num_iterations", "learning_rate", "weight_decay", "max_grad_norm")
@@ -129,6 +133,8 @@ class LensCallback(TrainerCallback):
                 "rollouts",
                 f"G is of the inputs of the latest training loss, however many: probe={self.probe} is not used.",
             )
+        if self._what[0] == "chosen":
+            self._note("own", OWN)
         self._note(
             "final", f"While it trains there are no final responses: {probing.OFFLINE} measures towards them later."
         )

@@ -163,11 +163,12 @@ class Folder:
                 )
 
     def begin(self, step: int) -> None:
-        """Make the folder, and drop the rows of steps from `step` on, which come again."""
+        """Make the folder, and drop the rows of steps from `step` on, which come again, and a torn last line."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._written, self.examples = set(), 0
         for file in self.path.glob("*.jsonl"):
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            *lines, _ = file.read_text(encoding="utf-8").split("\n")  # texts may hold other separators of lines
+            rows = [json.loads(line) for line in lines]
             file.write_text("", encoding="utf-8")
             self.append(file.stem, [row for row in rows if row["step"] < step])
 
