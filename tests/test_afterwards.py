@@ -348,8 +348,14 @@ def test_a_target_that_cannot_be_read_is_named(tmp_path, line, message):
 
 
 def test_where_no_prompts_are_left_the_probe_s_own_are_answered(whole, tmp_path):
-    told = about(follow(whole, tmp_path, probe=100))
+    out = follow(whole, tmp_path, probe=100)
+    told = about(out)
     assert "the 24 prompts of the probe itself, as pairs.jsonl has only 0 others" in told["targets"]["sentence"]
+    (kept,) = (out / "parts").glob("targets-*.json")
+    replies = json.loads(kept.read_text())["responses"]
+    different = len(set(map(tuple, replies)))
+    said = f"Of the 24 replies {different} are different." in told["targets"]["sentence"]
+    assert len(replies) == 24 and said == (different < 24)
     assert told["data"]["used"] == 24 and told["data"]["left_out"] == {}
     assert any("was to have 100 pairs; the file has 24 that can be used" in note for note in told["notes"])
 

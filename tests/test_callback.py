@@ -472,6 +472,7 @@ def test_about_says_what_the_contract_asks_for(tmp_path):
     top = "kind title made command method targets models reference model data accuracy cost versions hardware"
     assert {*top.split(), "notes"} <= set(said) and said["kind"] == "live"
     assert said["data"]["name"] == "train_dataset" and said["data"]["records"] == ROWS and said["data"]["used"] == 6
+    assert said["data"]["left_out"] == {"more than were asked for": ROWS - 6}
     assert said["targets"] == {"what": "chosen", "count": 6, "sentence": "the completions of the probe"}
     assert said["model"]["parameters"] == said["model"]["moving"] == sum(p.numel() for p in trainer.model.parameters())
     assert any("prefdyn lens RUN/checkpoint-*" in note for note in said["notes"])

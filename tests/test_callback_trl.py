@@ -211,6 +211,7 @@ def test_grpo_is_that_of_the_offline_route_on_its_own_rollouts(architecture, tmp
     inputs, direction, ascent = kept[2]
     found = measured(tmp_path, 2)
     assert found["full"]["g"] == pytest.approx(alignment.inner(direction, ascent).item(), rel=1e-6)
+    assert {row["kind"] for row in table(tmp_path, "likelihood")} == {"target", "sampled"}  # other ones every time
     whole = [row["full"] for row in table(tmp_path, "sequences") if row["step"] == 2]
     size = sum(map(abs, whole))
     assert size > 0 and sum(whole) == pytest.approx(found["full"]["g"], abs=1e-4 * size)

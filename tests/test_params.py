@@ -653,7 +653,7 @@ def test_every_parameter_that_shapes_a_run_changes_its_key(tmp_path):
     }  # fmt: skip
     elsewhere = PPO.keys() | EXPLORE.keys() | VARIANTS.keys() | MASS.keys() | EARNING.keys() | TURNED.keys()
     elsewhere |= {"kl_coefficient", "ppo_probe", "choice_probe", "variants"}
-    elsewhere |= {"methods", "compared_seeds", "rates", "sequences", "group"}
+    elsewhere |= {"methods", "compared_seeds", "rates", "sequences", "group", "saved", "reference", "objective"}
     assert changed.keys() | elsewhere == params.Parameters.model_fields.keys() and not changed.keys() & elsewhere
     changed |= dict.fromkeys(elsewhere)
 

@@ -516,6 +516,31 @@ def test_a_figure_keeps_its_numbers_and_gets_names_of_its_own():
     )
 
 
+def test_responses_that_are_sampled_anew_are_no_change_and_are_shown_at_the_last_step(tmp_path):
+    folder = pairs_folder(tmp_path / "p")
+    tokens = pd.read_parquet(folder / "tokens.parquet")
+    first, last = tokens["step"].min(), tokens["step"].max()
+    tokens["example"] += (tokens["step"] == first) * 100
+    tokens.to_parquet(folder / "tokens.parquet")
+    likelihood = pd.read_parquet(folder / "likelihood.parquet")
+    likelihood["kind"] = likelihood["kind"].replace({"chosen": "sampled"})
+    likelihood[(likelihood["kind"] != "target") | (likelihood["step"] > 0)].to_parquet(folder / "likelihood.parquet")
+    page = report.write(folder).read_text(encoding="utf-8")
+    assert f"At step {first} it was other examples, which are not shown." in page
+    assert f"<h4>Step {last}</h4>" in page and f"<h4>Step {first}</h4>" not in page
+    found = report_folder.read(folder)
+    assert [change.kind for change in report_words.changes(found)] == ["rejected", "target"]
+    assert "as its change since the first step at which it is known" in page
+
+
+def test_a_point_that_stands_alone_has_its_interval_drawn_as_a_bar():
+    nan = math.nan
+    panel = report_figures._Panel("x", "y")
+    panel.line([0, 1, 2, 3, 4], [nan, 5.0, nan, 2.0, 3.0], "blue", se=[nan, 1.0, nan, 0.5, 0.5])
+    (bars,) = [c for c in panel.ax.collections if hasattr(c, "get_segments")]
+    assert np.vstack(bars.get_segments()) == pytest.approx(np.array([[1.0, 5 - 1.96], [1.0, 5 + 1.96]]))
+
+
 def test_writing_a_report_leaves_the_figures_of_others_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     report.write(pairs_folder(tmp_path / "p"))

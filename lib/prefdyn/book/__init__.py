@@ -9,6 +9,7 @@ __all__ = [
     "judging",
     "lens_cli",
     "outside_cli",
+    "own_run",
     "page",
     "params",
     "plan",

@@ -912,6 +912,8 @@ def estimate(
     method: Annotated[str, typer.Option(help="of lens: whose weights")] = "dpo",
     base: Annotated[str | None, typer.Option(help="of lens: the base model of adapters")] = None,
     probe: Annotated[int, typer.Option(help="of lens: pairs to measure on, at most")] = 64,
+    max_prompt: Annotated[int | None, typer.Option(help="of lens: tokens of a prompt")] = None,
+    max_response: Annotated[int | None, typer.Option(help="of lens: tokens of a response")] = None,
     dtype: Annotated[str, typer.Option(help="of lens: float32 or bfloat16")] = "float32",
 ) -> None:
     """Say what a chapter, a study or the lens on checkpoints will take - time, disk, memory - before anything runs."""
@@ -924,7 +926,8 @@ def estimate(
     if what == "lens":
         if not checkpoints or pairs is None or given:
             raise params.ParameterError("lens: needs folders of checkpoints and --pairs FILE, and takes no -p")
-        question = asking.Question(pairs=pairs, method=method, probe=probe, dtype=dtype)
+        limits = {"max_prompt": max_prompt, "max_response": max_response}
+        question = asking.Question(pairs=pairs, method=method, probe=probe, dtype=dtype, **limits)
         typer.echo(estimate_lens(folders.read(checkpoints, base), question))
     elif colon and kind == "study":
         if given:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..lens.controls import check_schedule
 from ..methods import registry
-from .profiles import COMMON, CONSTRUCTED, EASY, FILE, PRESETS, VARIANTS
+from .profiles import COMMON, CONSTRUCTED, EASY, FILE, PRESETS, SAVED, VARIANTS
 
 
 class ParameterError(ValueError):
@@ -29,6 +29,8 @@ class ParameterError(ValueError):
 
 Schedule = list[tuple[int, float]]
 SCHEDULES = ("dpo_positive", "dpo_negative", "ppo_positive", "ppo_negative")
+# What a measurement of saved checkpoints reads; all other parameters shape runs of the book's own.
+OF_SAVED = ("profile", "dataset", "saved", "reference", "objective", "beta", "probe", "max_prompt", "max_response")
 
 
 class Parameters(BaseModel):
@@ -44,6 +46,17 @@ class Parameters(BaseModel):
     )
     difficulty: Literal["easy", "hard"] = Field(description="which world: easy, or hard with room to be better")
     model: str = Field(description="'scratch', or a checkpoint: a folder or a name on the hub", min_length=1)
+    saved: str = Field(
+        description="'book', a run of the book's own, or checkpoints that a trainer saved: the folder that holds them, "
+        "or a pattern such as RUN/checkpoint-*",
+        min_length=1,
+    )
+    reference: str = Field(
+        description="the model that saved checkpoints started from, a folder or a name on the hub; 'first': their "
+        "checkpoint of step 0, of adapters their base",
+        min_length=1,
+    )
+    objective: str = Field(description="whose token weights the lens takes: a method of pairs, or sft on chosen ones")
     seeds: list[int] = Field(description="one run of everything for each seed", min_length=1)
     pairs: int = Field(description="preference pairs to train on, at most", ge=8)
     check: int = Field(description="pairs of the second, disjoint probe, at most", ge=8)
@@ -149,6 +162,13 @@ class Parameters(BaseModel):
         if self.target_responses == "chosen":
             why = "chosen responses have neither other prompts nor a decoding"
             reasons |= dict.fromkeys(("target_prompts", "target_decoding"), why)
+        if self.saved == "book":
+            reasons["reference"] = "saved checkpoints alone need one, and saved='book'"
+        else:
+            others = [name for name in type(self).model_fields if name not in OF_SAVED]
+            reasons |= dict.fromkeys(others, f"the book's own runs alone have it, and saved={self.saved!r}")
+            if "beta" not in self.settings_of(self.objective):
+                reasons["beta"] = f"it is dpo's, and objective={self.objective!r}"
         return reasons
 
     def settings_of(self, method: str) -> dict[str, float]:
@@ -185,6 +205,14 @@ class Parameters(BaseModel):
             raise ValueError(f"no such method: {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
         if len(set(value)) < len(value):
             raise ValueError("each method once")
+        return value
+
+    @field_validator("objective")
+    @classmethod
+    def _weighing(cls, value: str) -> str:
+        if value not in _objectives():
+            near = difflib.get_close_matches(value, _objectives(), n=1, cutoff=0.5)
+            raise ValueError("no such method of pairs" + (f"; did you mean {near[0]}?" if near else ""))
         return value
 
     @field_validator("rates", mode="before")
@@ -243,12 +271,20 @@ class Parameters(BaseModel):
         return "true" if value is True else value
 
 
-def presets(profile: str, dataset: str, difficulty: str = COMMON["difficulty"]) -> dict[str, Any]:
-    """Every parameter's value under a profile, for a world or for a file."""
+def _objectives() -> list[str]:
+    """The methods whose weights a file of pairs is enough for."""
+    return [*registry.names("pairs"), *registry.names("demonstrations")]
+
+
+def presets(
+    profile: str, dataset: str, difficulty: str = COMMON["difficulty"], saved: str = COMMON["saved"]
+) -> dict[str, Any]:
+    """Every parameter's value under a profile, for a world or for a file, of the book's own runs or of saved ones."""
     if profile not in PRESETS:
         raise ParameterError(f"profile: given {profile!r}; allowed: {_allowed('profile')}")
     own = FILE if dataset != "world" else EASY if difficulty == "easy" else {}
-    return COMMON | PRESETS[profile] | own.get(profile, {}) | {"profile": profile}
+    limits = SAVED if saved != COMMON["saved"] else {}
+    return COMMON | PRESETS[profile] | own.get(profile, {}) | limits | {"profile": profile}
 
 
 def _allowed(name: str) -> str:
@@ -260,6 +296,8 @@ def _allowed(name: str) -> str:
         return f"a list of rows [step, factor], steps in order, e.g. [[0, 1.0], [32, 0.5]]: {schema['description']}"
     if name == "methods":
         return f"'all', or a list of some of {', '.join(registry.comparable())}: {schema['description']}"
+    if name == "objective":
+        return f"one of {', '.join(_objectives())}: {schema['description']}"
     if name == "rates":
         return f"a list of different numbers > 0, e.g. 1e-4,1e-3: {schema['description']}"
     if "enum" in schema.get("items", {}):
@@ -310,14 +348,15 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
     chosen = {
         name: _plain(given[name]) for name in given if given[name] is not None and name in Parameters.model_fields
     }
-    profile, dataset, difficulty = (chosen.get(name, COMMON[name]) for name in ("profile", "dataset", "difficulty"))
+    known_by = ("profile", "dataset", "difficulty", "saved")
+    profile, dataset, difficulty, saved = (chosen.get(name, COMMON[name]) for name in known_by)
     try:
         if not isinstance(profile, str) or profile not in PRESETS:
             problems.append(f"profile: given {profile!r} ({type(profile).__name__}); allowed: {_allowed('profile')}")
             chosen["profile"] = profile = "reader"
         if not isinstance(dataset, str):  # which validation refuses
             dataset = COMMON["dataset"]
-        result = Parameters(**(presets(profile, dataset, difficulty) | chosen))
+        result = Parameters(**(presets(profile, dataset, difficulty, saved) | chosen))
     except ValidationError as error:
         for item in error.errors():
             name = item["loc"][0]
@@ -329,7 +368,12 @@ def check(given: Mapping[str, Any], known: Iterable[str] | None = None) -> Param
     if idle := {name: why for name, why in result.idle().items() if name in chosen}:
         lines = (f"{name}: given {chosen[name]!r}; {why}; allowed here: None" for name, why in idle.items())
         raise ParameterError("\n  ".join(["these parameters would do nothing here:", *lines]))
-    if profile == "paper" and (result.model == "scratch" or result.dataset == "world"):
+    if result.saved != "book" and result.dataset == "world":
+        raise ParameterError(
+            f"dataset: given 'world' (str), and saved={result.saved!r} was not trained on it; allowed here: the "
+            "preference file that the run was trained on"
+        )
+    if profile == "paper" and result.saved == "book" and (result.model == "scratch" or result.dataset == "world"):
         raise ParameterError(
             "profile: 'paper' measures a real checkpoint on real preferences; give `model` (a folder or a name on "
             f"the hub) and `dataset` (a file); given model={result.model!r}, dataset={result.dataset!r}"
@@ -344,7 +388,7 @@ def command(p: Parameters, chapter: str, known: Iterable[str]) -> str:
 
     Args: known, the parameters that the chapter has.
     """
-    preset = presets(p.profile, p.dataset, p.difficulty)
+    preset = presets(p.profile, p.dataset, p.difficulty, p.saved)
     changed = {name: value for name, value in p.model_dump().items() if value != preset.get(name, COMMON.get(name))}
     given = {"profile": p.profile} | {name: value for name, value in changed.items() if name in known}
     return " ".join(["prefdyn execute", chapter, *(f"-p {shlex.quote(f'{k}={v}')}" for k, v in given.items())])

@@ -132,6 +132,9 @@ COMMON = {
     "dataset": "world",
     "difficulty": "hard",
     "model": "scratch",
+    "saved": "book",
+    "reference": "first",
+    "objective": "dpo",
     "architecture": "gpt-neox",
     "label_noise": 0.2,
     "max_prompt": 24,
@@ -199,3 +202,5 @@ FILE = {
     },
     "paper": {},
 }
+# Of checkpoints that a trainer saved: limits that cut little, as real models are trained with.
+SAVED = {"max_prompt": 512, "max_response": 512}

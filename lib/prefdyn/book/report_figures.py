@@ -93,7 +93,7 @@ class _Panel:
         self.ends: list[tuple[float, str, str]] = []
 
     def line(self, x, y, colour: str, dash: str = "-", label: str = "", se=None) -> None:
-        """A line with its 95% band; few points get marks."""
+        """A line with its 95% band, of a point that stands alone a bar; few points get marks."""
         x, y = np.asarray(x, float), np.asarray(y, float)
         some = _thinned(len(x))
         style = {"marker": "o", "ms": 3.5} if len(x) <= MARKED else {}
@@ -102,6 +102,9 @@ class _Panel:
             half = SURE * np.asarray(se, float)
             band = {"color": plots.COLOURS[colour], "alpha": 0.16, "lw": 0}
             self.ax.fill_between(x[some], (y - half)[some], (y + half)[some], **band)
+            alone = _alone(np.isfinite(y[some]))  # a band has no width there
+            bar = {"fmt": "none", "ecolor": plots.COLOURS[colour], "elinewidth": 1.2, "alpha": 0.6}
+            self.ax.errorbar(x[some][alone], y[some][alone], half[some][alone], **bar)
         if label and np.isfinite(y).any():
             self.ends.append((float(y[np.isfinite(y)][-1]), label, plots.COLOURS[colour]))
 
@@ -129,6 +132,12 @@ class _Panel:
         for place, (_, text, colour) in zip(places, wanted, strict=True):
             where = {"xy": (1, (place - over) / tall), "xycoords": "axes fraction", "textcoords": "offset points"}
             self.ax.annotate(text, xytext=(4, 0), va="center", color=colour, fontsize=9.5, **where)
+
+
+def _alone(known: np.ndarray) -> np.ndarray:
+    """Which of the known points have no known one beside them."""
+    around = np.pad(known, 1)
+    return known & ~around[:-2] & ~around[2:]
 
 
 def _thinned(points: int) -> np.ndarray:
@@ -281,7 +290,9 @@ def _likelihoods(folder: Folder) -> Drawn:
         f"{seen(c.kind)} {with_error(c.since[-1], c.se[-1])} at step {number(int(c.steps[-1]))}" for c in found
     )
     banded = [seen(c.kind) for c in found if np.isfinite(c.se).any()]
-    caption = f"Mean log-likelihood of a response, as its change since step {number(int(found[0].steps[0]))}: {each}. "
+    first = {int(c.steps[0]) for c in found}
+    since = f"step {number(*first)}" if len(first) == 1 else "the first step at which it is known"
+    caption = f"Mean log-likelihood of a response, as its change since {since}: {each}. "
     caption += (
         f"Bands (± {SURE} se of the change of the same responses): {listed(banded)}."
         if banded

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .report_folder import Folder, Missing
+from .report_folder import Folder
 from .report_words import at, count, number, seen, signed
 
 MOST_EXAMPLES = 5
@@ -32,12 +32,21 @@ class _Scale:
 
 
 def pictures(folder: Folder) -> str:
-    """HTML of the token pictures: some examples at the first and at the last step. Raises Missing."""
+    """HTML of the token pictures: some examples at the first and at the last step. Raises Missing.
+
+    Where the two have no example in common, as where responses are sampled anew, those of the last step.
+    """
     tokens = folder.table("tokens")
     tokens = tokens.assign(worth=tokens["w"] * tokens["a"])
     steps = sorted(tokens["step"].unique().tolist())
     ends = list(dict.fromkeys([steps[0], steps[-1]]))
+    first, last = (set(tokens.loc[tokens["step"] == step, "example"]) for step in (steps[0], steps[-1]))
+    apart = ""
+    if not first & last:
+        apart = f" At step {number(ends[0])} it was other examples, which are not shown."
+        ends = ends[-1:]
     examples, rule = _picked(tokens, ends)
+    rule += apart
     shown = tokens[tokens["example"].isin(examples) & tokens["step"].isin(ends)]
     shown = shown[shown.groupby(["step", "example", "side"]).cumcount() < MOST_TOKENS]
     scales, told = {}, []
@@ -62,8 +71,6 @@ def _picked(tokens: pd.DataFrame, ends: list[int]) -> tuple[list[int], str]:
     """The examples to show, and the rule by which they were taken: from the lowest to the highest contribution."""
     inside = [set(tokens.loc[tokens["step"] == step, "example"]) for step in ends]
     both = sorted(set.intersection(*inside))
-    if not both:
-        raise Missing(f"no example has its tokens kept at {at(ends)}")
     last = tokens[(tokens["step"] == ends[-1]) & tokens["example"].isin(both)]
     order = last.groupby("example")["worth"].sum().sort_values(kind="stable").index.tolist()
     if len(order) <= MOST_EXAMPLES:

@@ -159,11 +159,14 @@ class Change:
 def changes(folder: Folder) -> list[Change]:
     """How the mean log-likelihood of each kind of response goes over the steps; one of one step too. Raises Missing.
 
+    Not of those that were sampled anew at every step, whose differences are no changes.
     Standard errors of changes come from the responses whose tokens were kept, where these are all that a mean is over.
     """
     table = folder.tables.get("likelihood", pd.DataFrame(columns=["step", "kind", "logp", "n"]))
     kinds = {
-        kind: known(rows, "logp") for kind, rows in table.groupby("kind", sort=False) if rows["logp"].notna().any()
+        kind: known(rows, "logp")
+        for kind, rows in table[table["kind"] != "sampled"].groupby("kind", sort=False)
+        if rows["logp"].notna().any()
     }
     if "target" not in kinds and "alignment" in folder.tables:
         targets = folder.component("full").rename(columns={"logp_targets": "logp"}).assign(n=math.nan)

@@ -367,7 +367,7 @@ def make_targets(
         return [ids for asked, _ in found for ids in asked], [ids for _, told in found for ids in told]
 
     (asked, answers), _ = memory.fitting(replies, REPLIES)
-    unended = sum(len(ids) == most for ids in answers)
-    return Targets(
-        asked, answers, f"What {name} answers greedily to {which}; up to {most} tokens{why}, which {unended} reach."
-    )
+    unended, different = sum(len(ids) == most for ids in answers), len(set(map(tuple, answers)))
+    same = "" if different == len(answers) else f" Of the {len(answers)} replies {different} are different."
+    told = f"What {name} answers greedily to {which}; up to {most} tokens{why}, which {unended} reach.{same}"
+    return Targets(asked, answers, told)

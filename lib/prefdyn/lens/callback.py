@@ -35,8 +35,8 @@ from .faithful import faithful
 SHARE = 0.10  # of the time of training that measurements at evaluation steps may take
 FEW = 4  # targets that the way of measuring is tried out on
 OWN = (
-    "The loss of the probe is about the very responses that are targets: G of the probe holds what each of them does to "
-    "itself, and that is the more the fewer they are. G of `steps` is of batches of training."
+    "The loss of the probe is about the very responses that are targets: G of the probe holds what each of them does "
+    "to itself, and that is the more the fewer they are. G of `steps` is of batches of training."
 )
 REPORTS = "prefdyn.report"  # group of entry points; that named "html" makes a report of a folder
 SETTINGS = ("beta", "label_smoothing", "ld_alpha", "desirable_weight", "undesirable_weight", "epsilon", "epsilon_high")
@@ -295,7 +295,8 @@ class LensCallback(TrainerCallback):
         self._folder.append("tokens", folder.token_rows(step, first, found, weights, tokenizer))
         if self._layout == "rollouts" or not self._folder.has("texts"):
             self._folder.append("texts", folder.text_rows(step, first, found, tokenizer))
-        kinds = {"pairs": ("chosen", "rejected"), "judged": ("chosen", "rejected")}.get(self._layout, ("response",))
+        named = {"pairs": ("chosen", "rejected"), "judged": ("chosen", "rejected"), "rollouts": ("sampled",)}
+        kinds = named.get(self._layout, ("response",))
         for side, kind in enumerate(kinds):
             own = found.side == side
             if bool(own.any()):
@@ -367,6 +368,7 @@ class LensCallback(TrainerCallback):
         if self._unusable:
             notes.append(f"{self._unusable} of the probe's chosen responses had no token left and are no targets.")
         data = self._data
+        more = data.records - sum(count for count, _ in data.batches) if data else 0
         return {
             "kind": "live",
             "title": f"{type(trainer).__name__}, while it trained",
@@ -394,7 +396,7 @@ class LensCallback(TrainerCallback):
                 "name": data.name if data else "the trainer's latest rollouts",
                 "records": data.records if data else self._used,
                 "used": self._used,
-                "left_out": {},
+                "left_out": {"more than were asked for": more} if more else {},
                 "cut": {"prompts": None, "chosen": None, "rejected": None},
                 "max_prompt": None,
                 "max_response": None,
