@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from prefdyn.book.params import check
 from prefdyn.findings import claims
 from prefdyn.findings.claims import RULES, Finding, apply_rule, judge_all, ledger, verdict
 from prefdyn.lab.runs import RunStore
+from prefdyn.lab.sizes import Sizes
 from prefdyn.lens import controls
 from prefdyn.methods import registry
 
@@ -459,9 +461,8 @@ def test_rules_that_parameters_make_impossible_are_not_run(tmp_path, given, tabl
 def test_the_last_pass_of_a_file_counts_the_pairs_that_there_are(tmp_path, monkeypatch):
     """24 pairs in batches of 8 make passes of 3 updates, though 4,800 were asked for; accuracy counts updates."""
     p = P.model_copy(update={"pairs": 4_800})
-    known = type("Known", (), {"pairs": [None] * 24})
-    monkeypatch.setattr(evidence.recipes, "dataset", lambda spec: known)
-    monkeypatch.setattr(evidence.plan, "data_spec", lambda p, seed: None)
+    monkeypatch.setattr(evidence.plan, "sizes_of", lambda spec: Sizes(24, 0, 0))
+    monkeypatch.setattr(evidence.plan, "data_spec", lambda p, seed: SimpleNamespace(path=None))
     monkeypatch.setattr(evidence.plan, "run", lambda p, seed, method, part: (part, seed))
     tables = {
         "checkpoints": pd.DataFrame({"label": "full", "seed": 0, "step": [0, 12], "check_accuracy": [0.0, 2.0]}),

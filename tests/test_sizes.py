@@ -22,6 +22,7 @@ def test_sizes_are_those_of_the_data_and_are_read_the_next_time(tmp_path, monkey
 
 
 def test_a_damaged_file_is_counted_again(tmp_path):
+    (tmp_path / "a").mkdir()
     first = sizes(SPEC, tmp_path / "a")
     (file,) = (tmp_path / "a" / "sizes").iterdir()
     for text in ("", "{}", '{"pairs": 1, "more": 2}', "[]"):
@@ -45,5 +46,7 @@ def test_a_world_that_is_not_as_it_is_written_is_neither_kept_nor_read(tmp_path,
 
 def test_without_a_place_to_write_sizes_are_known_all_the_same(tmp_path):
     sizes.cache_clear()
+    assert sizes(SPEC, tmp_path / "store").pairs == len(recipes.dataset(SPEC).pairs)
+    assert not (tmp_path / "store").exists()  # planning makes no store
     (tmp_path / "sizes").write_text("a file where the folder should be")
     assert sizes(SPEC, tmp_path).pairs == len(recipes.dataset(SPEC).pairs)

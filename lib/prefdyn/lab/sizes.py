@@ -35,8 +35,8 @@ def sizes(spec: recipes.DataSpec, root: Path) -> Sizes:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Sizes(**json.loads(path.read_text(encoding="utf-8")))
     found = _counted(spec)
-    with contextlib.suppress(OSError):  # without room it is counted again
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # without room, or a store to keep it beside, it is counted again
+        path.parent.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             json.dump(found._asdict(), file)
         os.replace(file.name, path)
